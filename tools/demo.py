@@ -28,8 +28,11 @@ COMPILED = "compiled"
 """Compiled programs, so that later steps and a resumed demo need not compile again."""
 
 TASKS = ("digits", "documents", "charts", "scenes")
-LABELLED_IMAGES = 400
+LABELLED_IMAGES = 300
 """Of each task, which the resolution compressor learns from."""
+
+COMPRESSOR_STEPS = 200
+"""Updates of the compressor: two thirds of the tool's default, for the demo's minutes."""
 
 STOP_SECONDS = 60.0
 """A training step saves on SIGTERM; this is how long it may take."""
@@ -102,7 +105,7 @@ def steps(workdir: pathlib.Path) -> list[Step]:
             "resolution compressor (VRC)",
             (
                 *("tools.train_compressor", "--labels", at("labels"), "--data", data),
-                *("--checkpoint", checkpoints, "--output", compressor),
+                *("--checkpoint", checkpoints, "--steps", str(COMPRESSOR_STEPS), "--output", compressor),
             ),
             workdir / "compressor",
             workdir / "compressor" / "compressor.safetensors",

@@ -16,7 +16,7 @@ from experiments.configs import tiny
 from experiments.overrides import to_config_dict
 from hypervl_jax.training.consistency import ConsistencyConfig
 
-STEPS = 800
+STEPS = 700
 
 
 def experiment() -> ExperimentConfig:
@@ -29,7 +29,7 @@ def experiment() -> ExperimentConfig:
         heldout=HeldoutConfig(batches=base.heldout.batches),
         optimizer=dataclasses.replace(base.optimizer, schedule="constant"),
         consistency=ConsistencyConfig(kl_weight=0.0),
-        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=400),
+        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=350),
     )
 
 
