@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from hypervl_jax import partitioning
+from hypervl_jax.architecture import require
+from hypervl_jax.models import runtime, splash
 
 MASKED_SCORE = -1e30
 """Score of a pair that may not attend: finite, so that rows without any allowed key stay finite; its weight is exactly 0
 next to any allowed key, so that what stands at a masked position cannot change a single bit of the result."""
-
-Kernel = Callable[..., jax.Array]
 
 
 def attention(
@@ -26,6 +29,7 @@ def attention(
     key_positions: Int[Array, "b s"] | None = None,
     causal: bool,
     kernel: str,
+    axes: tuple[str | None, str | None] = ("rows", "length"),
 ) -> Float[Array, "b q h k"]:
     """Grouped-query attention (arXiv 2305.13245) with scores divided by sqrt(k) and a float32 softmax.
 
@@ -36,16 +40,69 @@ def attention(
         key: g heads, each read by h / g query heads.
         value: like `key`.
         query_segments: a query attends only to keys of its own segment; everywhere when None.
-        key_segments: given with `query_segments`.
-        query_positions: order within a segment, used when `causal`; array order when None.
+        key_segments: when they are not the queries' own (None), as with a cache.
+        query_positions: order within a segment, used when `causal`; array order when None, which in packed rows is the same.
         key_positions: like `query_positions`.
         causal: a query attends only to keys whose position is not after its own.
-        kernel: a name in `KERNELS`.
+        kernel: one of `runtime.ATTENTION_KERNELS`. Splash is for sequences that attend to themselves in array order; what
+            else is asked of it goes through XLA (`splash_obstacle`), and the log says so once.
+        axes: logical axes of b and q (`partitioning.RULES`).
 
     Returns:
-        The mixed values in the dtype of `value`. Queries without any allowed key give the mean of all values.
+        The mixed values in the dtype of `value`. With XLA, queries without any allowed key give the mean of all values.
+
+    Raises:
+        ConfigError: an unknown kernel.
     """
-    return KERNELS[kernel](query, key, value, query_segments, key_segments, query_positions, key_positions, causal)
+    require(kernel in runtime.ATTENTION_KERNELS, f"attention kernel {kernel!r} is unknown")
+    if kernel in ("splash", "splash_interpreted"):
+        own_keys = all(x is None for x in (key_segments, query_positions, key_positions))
+        obstacle = splash_obstacle(query.shape, key.shape, own_keys, axes)
+        announce(kernel, query.shape, key.shape, obstacle, tokens_of_a_device(query.shape[1], axes[1]))
+        if obstacle is None:
+            interpret = kernel == "splash_interpreted"
+            return splash.splash_attention(query, key, value, query_segments, causal, axes, interpret=interpret)
+    return xla_attention(query, key, value, query_segments, key_segments, query_positions, key_positions, causal)
+
+
+def splash_obstacle(
+    query: tuple[int, ...], key: tuple[int, ...], own_keys: bool, axes: tuple[str | None, str | None]
+) -> str | None:
+    """Why the splash kernel cannot compute a call (or would be a waste) on the mesh that is set, None when it can.
+
+    Args:
+        query: shape [b, q, h, k].
+        key: shape [b, s, g, k].
+        own_keys: the keys have the queries' segments, and array order is the causal order.
+        axes: logical axes of b and q.
+    """
+    if not own_keys or query[1] != key[1]:
+        return "the keys are not the queries' own, as with a cache"
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        names = ("rows", "tokens", "query heads", "key-value heads")
+        entries = [partitioning.spec((axis,))[0] for axis in (*axes, "activation_heads", "activation_kv_heads")]
+        for name, size, entry in zip(names, (*query[:3], key[2]), entries, strict=True):
+            if size % partitioning.ways(entry, mesh):
+                return f"{size} {name} do not split over the {partitioning.ways(entry, mesh)} devices along {entry}"
+    tokens = tokens_of_a_device(query[1], axes[1])
+    return f"{tokens} tokens on a device do not fill a block of {splash.LANES}" if tokens < splash.LANES else None
+
+
+def tokens_of_a_device(length: int, axis: str | None) -> int:
+    """Of `length` tokens along a logical axis, those that one device of the mesh holds (all where no mesh is set)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return length if mesh.empty else length // partitioning.ways(partitioning.spec((axis,))[0], mesh)
+
+
+@functools.cache
+def announce(kernel: str, query: tuple[int, ...], key: tuple[int, ...], obstacle: str | None, tokens: int) -> None:
+    """Says once in the log which kernel a call of these shapes got, with `tokens` on each device."""
+    call = f"attention of {query[2]} heads of width {query[3]} over {query[1]} queries and {key[1]} keys"
+    blocks, block = splash.block_grid(tokens)
+    filled = f"{kernel}, {tokens} tokens on a device filled up to {blocks * block} in blocks of {block}"
+    chosen = filled if obstacle is None else f"xla instead of {kernel}, because {obstacle}"
+    runtime.LOGGER.info("%s: %s", call, chosen)
 
 
 def attention_mask(
@@ -88,6 +145,7 @@ def xla_attention(
     """Attention in plain XLA; the scores of all pairs are held in float32, [b, h, q, s]."""
     rows, num_queries, num_heads, head_dim = query.shape
     groups = key.shape[2]
+    key_segments = query_segments if key_segments is None else key_segments
     query_positions = jnp.arange(num_queries)[None] if query_positions is None else query_positions
     key_positions = jnp.arange(key.shape[1])[None] if key_positions is None else key_positions
     mask = attention_mask(query_segments, key_segments, query_positions, key_positions, causal)
@@ -96,8 +154,5 @@ def xla_attention(
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgrqs,bsgk->bqgrk", weights, value).reshape(query.shape)
-
-
-KERNELS: Mapping[str, Kernel] = {"xla": xla_attention}
-"""Kernels by the names of `runtime.ATTENTION_KERNELS`; all take the arguments of `xla_attention`."""
+    mixed = jnp.einsum("bgrqs,bsgk->bqgrk", weights, value).reshape(query.shape)
+    return checkpoint_name(mixed, runtime.ATTENTION_OUTPUT)

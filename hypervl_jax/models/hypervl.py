@@ -53,7 +53,7 @@ class HyperVL(nn.Module):
     def encode_chunk(self, tiles: UInt8[Array, "b t s s 3"], branch: str) -> Float[Array, "b v d"]:
         """Visual tokens of a few tiles of each row, all encoded at once; v counts the tokens of the t tiles."""
         flat = tiles.reshape(-1, *tiles.shape[2:])
-        features = getattr(self, vision_part(branch))(constrain(flat, "rows", None, None, None))
+        features = getattr(self, vision_part(branch))(constrain(flat, "tiles", None, None, None))
         visual = getattr(self, projector_part(branch))(features)
         return visual.reshape(tiles.shape[0], -1, visual.shape[-1])
 

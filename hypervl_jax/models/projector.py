@@ -49,5 +49,5 @@ class Projector(nn.Module):
             x = LayerNorm(self.config.layer_norm_eps, dtype, name="norm")(x)
         init = nn.initializers.lecun_normal()
         x = Linear((inner, width), ("shuffled", "projected"), dtype, kernel_init=init, name="first")(x)
-        x = constrain(jax.nn.gelu(x, approximate=False), "rows", None, "activation_mlp")
+        x = constrain(jax.nn.gelu(x, approximate=False), "tiles", None, "activation_mlp")
         return Linear((width, width), ("projected", "embed"), dtype, kernel_init=init, name="second")(x)

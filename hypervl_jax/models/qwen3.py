@@ -17,10 +17,17 @@ from jaxtyping import Array, Float, Int
 from hypervl_jax.architecture import DecoderConfig
 from hypervl_jax.models.attention import attention
 from hypervl_jax.models.layers import Linear, RMSNorm, scan_layers
-from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.models.runtime import ATTENTION_OUTPUT, RuntimeConfig
 from hypervl_jax.partitioning import constrain
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT)
+REMAT_POLICIES = {
+    "full": None,
+    "attention": KEEP_ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, KEEP_ATTENTION
+    ),
+}
 
 
 class KVCache(NamedTuple):
@@ -45,14 +52,17 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: str) -> KVC
 
 
 class Context(NamedTuple):
-    """What every layer of one forward pass shares; `key_*` describe the cache's slots, or the queries without a cache."""
+    """What every layer of one forward pass shares; the last four are None without a cache.
+
+    Then the keys are the queries' own, and the causal order is that of the array.
+    """
 
     cosine: Float[Array, "b l 1 k"]
     sine: Float[Array, "b l 1 k"]
     segments: Int[Array, "b l"]
-    positions: Int[Array, "b l"]
-    key_segments: Int[Array, "b s"]
-    key_positions: Int[Array, "b s"]
+    positions: Int[Array, "b l"] | None
+    key_segments: Int[Array, "b s"] | None
+    key_positions: Int[Array, "b s"] | None
     cache_index: Int[Array, ""] | None
 
 
@@ -110,7 +120,7 @@ class DecoderAttention(nn.Module):
             query_positions=context.positions,
             key_positions=context.key_positions,
             causal=True,
-            kernel=self.runtime.attention,
+            kernel="xla" if self.is_initializing() else self.runtime.attention,
         )
         shape = (config.num_heads, config.head_dim, config.hidden_size)
         output = Linear(shape, ("heads", "head_dim", "embed"), dtype, inputs=2, use_bias=False, name="output")
@@ -205,7 +215,8 @@ class Decoder(nn.Module):
         Args:
             embeddings: what `embed` returned, visual tokens merged in.
             segments: 0 is padding; a position attends only within its segment.
-            positions: count the tokens of each segment from 0; they set the rotary angles and the causal order.
+            positions: count the tokens of each segment from 0; they set the rotary angles, and with a cache the causal
+                order. Without one that is the array's, the same in rows whose segments keep the order of their tokens.
             cache: keys and values of earlier calls. Prefill is a call with an empty cache at index 0, decoding a call of
                 length 1 at the next slot.
             cache_index: first slot to write, the same for all rows; may be traced. `cache_index` + l must not exceed the
@@ -216,7 +227,7 @@ class Decoder(nn.Module):
         """
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         if cache is None:
-            context = Context(*angles, segments, positions, segments, positions, None)
+            context = Context(*angles, segments, None, None, None, None)
             hidden, _ = self.layers(embeddings.astype(self.runtime.dtype), None, context)
             return self.final_norm(hidden)
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache_index, 1)

@@ -74,7 +74,8 @@ class VisionAttention(nn.Module):
             )(x)
             for name in ("query", "key", "value")
         )
-        mixed = attention(query, key, value, causal=False, kernel=self.runtime.attention)
+        kernel = "xla" if self.is_initializing() else self.runtime.attention
+        mixed = attention(query, key, value, causal=False, kernel=kernel, axes=("tiles", None))
         return Linear(
             (heads, head_dim, d),
             ("heads", "head_dim", "embed"),
@@ -82,7 +83,7 @@ class VisionAttention(nn.Module):
             inputs=2,
             kernel_init=xavier_uniform((0, 1), 2),
             name="output",
-        )(constrain(mixed, "rows", None, "activation_heads", None))
+        )(constrain(mixed, "tiles", None, "activation_heads", None))
 
 
 class VisionMLP(nn.Module):
@@ -97,7 +98,7 @@ class VisionMLP(nn.Module):
         d, inner = self.config.hidden_size, self.config.intermediate_size
         init = xavier_uniform(0, 1)
         x = Linear((d, inner), ("embed", "mlp"), self.runtime.dtype, kernel_init=init, name="up")(x)
-        x = constrain(jax.nn.gelu(x, approximate=True), "rows", None, "activation_mlp")
+        x = constrain(jax.nn.gelu(x, approximate=True), "tiles", None, "activation_mlp")
         return Linear((inner, d), ("mlp", "embed"), self.runtime.dtype, kernel_init=init, name="down")(x)
 
 
@@ -114,7 +115,7 @@ class VisionLayer(nn.Module):
         attended = LayerNorm(eps, dtype, name="attention_norm")(x)
         x = x + VisionAttention(self.config, self.runtime, name="attention")(attended)
         x = x + VisionMLP(self.config, self.runtime, name="mlp")(LayerNorm(eps, dtype, name="mlp_norm")(x))
-        return constrain(x, "rows", None, "activation_embed"), None
+        return constrain(x, "tiles", None, "activation_embed"), None
 
 
 class VisionTower(nn.Module):
@@ -138,7 +139,7 @@ class VisionTower(nn.Module):
         )
         init = nn.with_logical_partitioning(nn.initializers.normal(config.hidden_size**-0.5), ("patches", "embed"))
         positions = self.param("position_embedding", init, (config.num_patches, config.hidden_size))
-        x = constrain(embed(patches) + positions.astype(dtype), "rows", None, "activation_embed")
+        x = constrain(embed(patches) + positions.astype(dtype), "tiles", None, "activation_embed")
         remat = self.runtime.tower_remat in ("layer", "nested")
         layer = nn.remat(VisionLayer, prevent_cse=False) if remat else VisionLayer
         x, _ = scan_layers(layer, config.num_layers)(config, self.runtime, name="layers")(x, None)

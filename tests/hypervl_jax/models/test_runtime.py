@@ -1,9 +1,11 @@
-"""Refusals of impossible runtime settings."""
+"""Refusals of impossible runtime settings, and the choice of the attention kernel."""
+
+import logging
 
 import pytest
 
 from hypervl_jax.architecture import ConfigError
-from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.models.runtime import RuntimeConfig, resolve_kernels
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,24 @@ from hypervl_jax.models.runtime import RuntimeConfig
 def test_impossible_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         RuntimeConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "kernel"),
+    [
+        ("auto", "tpu", "splash"),
+        ("auto", "cpu", "xla"),
+        ("auto", "gpu", "xla"),
+        ("xla", "tpu", "xla"),
+        ("splash", "tpu", "splash"),
+    ],
+)
+def test_the_kernel_follows_the_platform_of_the_devices(asked, platform, kernel, caplog):
+    with caplog.at_level(logging.INFO, logger="hypervl_jax"):
+        assert resolve_kernels(RuntimeConfig(attention=asked), platform) == RuntimeConfig(attention=kernel)
+    assert f"attention kernel {kernel}: " in caplog.text
+
+
+def test_splash_is_refused_where_it_cannot_run():
+    with pytest.raises(ConfigError, match="'splash' runs on TPU only and these devices are 'cpu'"):
+        resolve_kernels(RuntimeConfig(attention="splash"), "cpu")
