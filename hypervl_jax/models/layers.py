@@ -16,7 +16,9 @@ Initializer = Callable[..., jax.Array]
 class Linear(nn.Module):
     """An affine map that contracts the last `inputs` axes of its argument with the first axes of the kernel.
 
-    `shape` is the kernel's shape, input axes first; `axes` its logical axis names. The bias spans the output axes.
+    `shape` is the kernel's shape, input axes first; `axes` its logical axis names. The bias spans the output axes. Without a
+    `kernel_init` the kernel is normal with a variance of 1 / inputs: a deviation of 0.022 at the width of Qwen3-1.7B, where
+    Qwen3 itself takes 0.02 at every width, which small models learn slowly from.
     """
 
     shape: tuple[int, ...]
@@ -24,13 +26,16 @@ class Linear(nn.Module):
     dtype: str
     inputs: int = 1
     use_bias: bool = True
-    kernel_init: Initializer = nn.initializers.normal(0.02)
+    kernel_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The result in the compute dtype; input axes are replaced by the output axes."""
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape)
-        contracted = (tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs)))
+        inputs = tuple(range(self.inputs))
+        outputs = tuple(range(self.inputs, len(self.shape)))
+        init = self.kernel_init or nn.initializers.variance_scaling(1.0, "fan_in", "normal", inputs, outputs)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape)
+        contracted = (tuple(range(x.ndim - self.inputs, x.ndim)), inputs)
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contracted, ((), ())))
         if not self.use_bias:
             return y
