@@ -101,7 +101,13 @@ def make_setup(
     shardings = training_state.state_shardings(architecture, RUNTIME, optimizer, SOURCES, mesh)
     schedule = learning_rate_schedule(optimizer, 100)
     functions = StepFunctions(
-        architecture, RUNTIME, optimizer, consistency, objective or ObjectiveConfig(loss_chunk=16), schedule, SOURCES
+        architecture,
+        RUNTIME,
+        optimizer,
+        consistency,
+        objective or ObjectiveConfig(loss_chunk_tokens=16),
+        schedule,
+        SOURCES,
     )
     with jax.set_mesh(mesh):
         params = training_state.initialise_parts(architecture, RUNTIME, PARTS, 0, shardings.params)

@@ -26,7 +26,7 @@ def heldout_sums(functions: StepFunctions, params: Mapping[str, Any], batch: Bat
         hidden["base"],
         head_weights(params["decoder"]),
         batch.targets,
-        chunk=functions.objective.loss_chunk,
+        chunk=functions.objective.loss_chunk_tokens,
         teacher_hidden=hidden["large"],
     )
     members = (batch.sources[..., None] == jnp.arange(functions.num_sources)) * batch.loss_weights[..., None]

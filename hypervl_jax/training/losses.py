@@ -1,38 +1,26 @@
-"""Losses from hidden states in chunks of the sequence; every loss is a (sum, count) that is divided once, globally.
+"""The objective from hidden states and head weights; every loss is a (sum, count) that is divided once, globally.
 
-Logits of a whole batch never exist: at L=4096, 8 rows and 151,936 words they would be 20 GB in float32.
+Logits of a whole batch never exist: at L=4096, 8 rows and 151,936 words they would be 20 GB in float32. `loss_chunks` forms them
+a chunk of tokens at a time on each chip; here are the sharding of that work and its place in differentiation.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from hypervl_jax import partitioning
 from hypervl_jax.architecture import ConfigError
-from hypervl_jax.partitioning import constrain
 from hypervl_jax.training.batch import Batch
+from hypervl_jax.training.loss_chunks import ChipLosses, LossWeights, Shards, Tokens, TokenTerms, Totals, Wanted
 
 KL_POSITIONS = ("answer", "text", "all")
-
-
-class TokenTerms(NamedTuple):
-    """Float32 values at each position, unweighted. The KL terms are 0 without a teacher.
-
-    `kl_at_temperature` is KL(teacher ‖ student) of the distributions smoothed by T, `kl` the same at T = 1; `agreement` is 1
-    where both have the same most likely token.
-    """
-
-    cross_entropy: Float32[Array, "b l"]
-    z_squared: Float32[Array, "b l"]
-    teacher_cross_entropy: Float32[Array, "b l"]
-    kl_at_temperature: Float32[Array, "b l"]
-    kl: Float32[Array, "b l"]
-    entropy: Float32[Array, "b l"]
-    teacher_entropy: Float32[Array, "b l"]
-    agreement: Float32[Array, "b l"]
 
 
 def kl_mask(batch: Batch, positions: str) -> Bool[Array, "b l"]:
@@ -52,53 +40,11 @@ def kl_mask(batch: Batch, positions: str) -> Bool[Array, "b l"]:
     raise ConfigError(f"kl_positions {positions!r} is not one of {', '.join(KL_POSITIONS)}")
 
 
-def _logits(hidden: Float[Array, "b c d"], head: Float32[Array, "d n"]) -> Float32[Array, "b c n"]:
-    # The float32 head is cast inside the chunk, so that its gradient is accumulated over chunks in float32.
-    logits = jnp.einsum("bcd,dn->bcn", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, "rows", "length", "activation_vocabulary")
+class Inputs(NamedTuple):
+    """What the objective is a function of, apart from the hidden states and the head it is differentiated by."""
 
-
-def _cross_entropy(logits: Float32[Array, "b c n"], targets: Int32[Array, "b c"]) -> tuple[Any, Any]:
-    """Per-position cross-entropy and log-partition; the target is picked by comparison, which a sharded vocabulary allows."""
-    log_partition = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return log_partition - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1), log_partition
-
-
-def _entropy(log_probabilities: Float32[Array, "b c n"]) -> Float32[Array, "b c"]:
-    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
-
-
-def _divergence(teacher: Float32[Array, "b c n"], student: Float32[Array, "b c n"]) -> Float32[Array, "b c"]:
-    """KL(teacher ‖ student) from log-probabilities."""
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-
-
-def _teacher_terms(student: Any, teacher: Any, targets: Any, temperature: Any) -> dict[str, Any]:
-    """KL of one chunk and what is logged beside it; `teacher` is a constant, and only the smoothed KL has a gradient."""
-    smooth_teacher, smooth_student = (jax.nn.log_softmax(x / temperature, axis=-1) for x in (teacher, student))
-    constant = jax.lax.stop_gradient(student)
-    plain_teacher, plain_student = (jax.nn.log_softmax(x, axis=-1) for x in (teacher, constant))
-    same = jnp.argmax(teacher, axis=-1) == jnp.argmax(constant, axis=-1)
-    return {
-        "teacher_cross_entropy": _cross_entropy(teacher, targets)[0],
-        "kl_at_temperature": _divergence(smooth_teacher, smooth_student),
-        "kl": _divergence(plain_teacher, plain_student),
-        "entropy": _entropy(plain_student),
-        "teacher_entropy": _entropy(plain_teacher),
-        "agreement": same.astype(jnp.float32),
-    }
-
-
-def _split(x: Array, chunk: int) -> Array:
-    """[b, l, …] -> [l / chunk, b, chunk, …], zero-padded at the end of the sequence."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-
-def _join(x: Array, length: int) -> Array:
-    """The inverse of `_split`."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+    tokens: Tokens
+    temperature: Float32[Array, ""]
 
 
 def token_terms(
@@ -110,31 +56,126 @@ def token_terms(
     teacher_hidden: Float[Array, "b l d"] | None = None,
     temperature: Float32[Array, ""] | float = 1.0,
 ) -> TokenTerms:
-    """Cross-entropy and, with a teacher, the KL terms of DCL at every position, `chunk` positions of each row at a time.
+    """Cross-entropy and, with a teacher, the KL terms of DCL at every position: constants, for measuring only.
+
+    The arguments are those of `weighted_loss`.
+    """
+    weights = LossWeights(*(jnp.zeros(targets.shape, jnp.float32) for _ in LossWeights._fields))
+    return weighted_loss(
+        hidden, head, targets, weights, chunk=chunk, teacher_hidden=teacher_hidden, temperature=temperature
+    )[1]
+
+
+def weighted_loss(
+    hidden: Float[Array, "b l d"],
+    head: Float32[Array, "d n"],
+    targets: Int32[Array, "b l"],
+    weights: LossWeights,
+    *,
+    chunk: int,
+    teacher_hidden: Float[Array, "b l d"] | None = None,
+    temperature: Float32[Array, ""] | float = 1.0,
+) -> tuple[Float32[Array, ""], TokenTerms]:
+    """The sum of cross-entropy, squared log-partition and smoothed KL over all positions, each by its weight; and all terms.
+
+    The loss has gradients with respect to `hidden` and `head`, formed in the forward pass where they are asked for; all else is
+    constant: the teacher and its use of the head, the weights, the temperature and the terms.
 
     Args:
-        hidden: final hidden states of the branch being trained.
-        head: output embedding in float32; shared by student and teacher.
+        hidden: final hidden states of the branch being trained; matrix products are formed in their dtype.
+        head: output embedding in float32, shared by student and teacher; its gradient is accumulated in float32.
         targets: next ids.
-        chunk: positions of each row whose logits exist at one time; their forward pass is repeated in the backward pass.
-        teacher_hidden: final hidden states of the teacher; no gradient flows into them or through its head.
-        temperature: T of the smoothed KL (Hinton et al., arXiv 1503.02531); the factor T² is the caller's.
+        weights: of the terms that carry a gradient.
+        chunk: tokens of each chip whose logits exist at one time.
+        teacher_hidden: final hidden states of the teacher.
+        temperature: T of the smoothed KL (Hinton et al., arXiv 1503.02531); the factor T² belongs to the weights.
     """
-    length = hidden.shape[1]
-    zeros = {name: jnp.zeros(targets.shape, jnp.float32) for name in TokenTerms._fields}
+    inputs = Inputs(Tokens(targets, weights, teacher_hidden), jnp.asarray(temperature, jnp.float32))
+    loss, terms = _weighted_loss(chunk, hidden, head, jax.lax.stop_gradient(inputs))
+    return loss, jax.lax.stop_gradient(terms)
 
-    @jax.checkpoint
-    def body(_: tuple[()], part: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        student = _logits(part["hidden"], head)
-        loss, log_partition = _cross_entropy(student, part["targets"])
-        terms = {"cross_entropy": loss, "z_squared": log_partition**2}
-        if "teacher" in part:
-            teacher = jax.lax.stop_gradient(_logits(part["teacher"], head))
-            terms |= _teacher_terms(student, teacher, part["targets"], temperature)
-        return (), terms
 
-    parts = {"hidden": hidden, "targets": targets}
-    if teacher_hidden is not None:
-        parts["teacher"] = jax.lax.stop_gradient(teacher_hidden)
-    _, terms = jax.lax.scan(body, (), jax.tree.map(lambda x: _split(x, min(chunk, length)), parts))
-    return TokenTerms(**{**zeros, **jax.tree.map(lambda x: _join(x, length), terms)})
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_loss(chunk: int, hidden: Array, head: Array, inputs: Inputs) -> tuple[Array, TokenTerms]:
+    terms = _totals(chunk, hidden, head, inputs, Wanted()).terms
+    return _weigh(terms, inputs.tokens.weights), terms
+
+
+def _forward(chunk: int, hidden: Any, head: Any, inputs: Any) -> tuple[tuple[Array, TokenTerms], tuple[Any, Any]]:
+    """The loss, and as residuals its gradients with respect to those of `hidden` and `head` that are differentiated."""
+    values = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    totals = _totals(chunk, hidden.value, head.value, values, Wanted(hidden.perturbed, head.perturbed))
+    loss = _weigh(totals.terms, values.tokens.weights)
+    return (loss, totals.terms), (totals.hidden_gradient, totals.head_gradient)
+
+
+def _backward(chunk: int, gradients: tuple[Any, Any], cotangents: tuple[Any, Any]) -> tuple[Any, Any, None]:
+    scale = lambda x: (x * cotangents[0]).astype(x.dtype)
+    return *(None if x is None else scale(x) for x in gradients), None
+
+
+_weighted_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _weigh(terms: TokenTerms, weights: LossWeights) -> Float32[Array, ""]:
+    return sum(jnp.sum(getattr(terms, name) * weight) for name, weight in weights._asdict().items())
+
+
+def _totals(
+    chunk: int, hidden: Float[Array, "b l d"], head: Float32[Array, "d n"], inputs: Inputs, wanted: Wanted
+) -> Totals:
+    """Terms [b, l] and gradients of global arrays: the work of each chip under `shard_map`, or all of it where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return _chip_totals(hidden, head, inputs, chunk=chunk, wanted=wanted, shards=Shards())
+    rows, states = partitioning.spec(("rows", "length")), partitioning.spec(("rows", "length", "activation_embed"))
+    weights = partitioning.spec(("embed", "vocabulary"))
+    shards = Shards(_axes(*rows), *(_axes(entry) for entry in weights))
+    tokens = Tokens(rows, LossWeights(rows, rows, rows), states)
+    chip = functools.partial(_chip_totals, chunk=chunk, wanted=wanted, shards=shards)
+    # Nothing differentiates through this call, so that it may skip the check of what varies over which axes.
+    return jax.shard_map(
+        chip,
+        in_specs=(states, weights, Inputs(tokens, PartitionSpec())),
+        out_specs=Totals(rows, states, weights),
+        check_vma=False,
+    )(hidden, head, inputs)
+
+
+def _axes(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes that truly split dimensions with these entries of a PartitionSpec: those of more than one device."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    named = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    return tuple(axis for axes in named for axis in axes if sizes[axis] > 1)
+
+
+def _chip_totals(
+    hidden: Float[Array, "b l d"],
+    head: Float32[Array, "d n"],
+    inputs: Inputs,
+    *,
+    chunk: int,
+    wanted: Wanted,
+    shards: Shards,
+) -> Totals:
+    """One chip's share: the head is gathered once, in the compute dtype, and its gradient reduced once, in float32."""
+    shape = hidden.shape[:2]
+    losses = ChipLosses(_gather(head.astype(hidden.dtype), shards), inputs.temperature, wanted, shards)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    totals = losses.totals(flat(hidden), jax.tree.map(flat, inputs.tokens), chunk)
+    unflatten = lambda x: x.reshape(*shape, *x.shape[1:])
+    return Totals(
+        jax.tree.map(unflatten, totals.terms),
+        jax.tree.map(unflatten, totals.hidden_gradient),
+        jax.tree.map(lambda x: _reduce(x, shards), totals.head_gradient),
+    )
+
+
+def _gather(head: Float[Array, "d_shard n"], shards: Shards) -> Float[Array, "d n"]:
+    return jax.lax.all_gather(head, shards.width, axis=0, tiled=True) if shards.width else head
+
+
+def _reduce(gradient: Float32[Array, "d n"], shards: Shards) -> Float32[Array, "d_shard n"]:
+    """Sum over all chips' tokens, of the part of the width that this chip keeps."""
+    if shards.width:
+        gradient = jax.lax.psum_scatter(gradient, shards.width, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(gradient, tuple(axis for axis in shards.tokens if axis not in shards.width))

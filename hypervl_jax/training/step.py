@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 from hypervl_jax.architecture import BRANCHES, HyperVLConfig, branch_parts, require
 from hypervl_jax.models.hypervl import HyperVL
@@ -24,7 +25,7 @@ from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.training import losses, optimizer
 from hypervl_jax.training.batch import Batch
 from hypervl_jax.training.consistency import ConsistencyConfig, Control, arm_index
-from hypervl_jax.training.losses import TokenTerms
+from hypervl_jax.training.loss_chunks import LossWeights, TokenTerms
 from hypervl_jax.training.optimizer import OptimizerConfig
 from hypervl_jax.training.state import TrainState, add_tokens
 
@@ -33,17 +34,17 @@ Metrics = dict[str, Float32[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """`loss_chunk`: positions of each row whose logits exist at one time; `z_loss`: weight of the squared log-partition
+    """`loss_chunk_tokens`: tokens of each chip whose logits exist at one time; `z_loss`: weight of the squared log-partition
     (PaLM, arXiv 2204.02311); `accumulation`: micro-batches a step, each of rows / accumulation rows.
     """
 
-    loss_chunk: int = 512
+    loss_chunk_tokens: int = 1024
     z_loss: float = 0.0
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        require(self.loss_chunk >= 1, f"objective.loss_chunk {self.loss_chunk} must be positive")
-        require(self.z_loss >= 0, f"objective.z_loss {self.z_loss} must not be negative")
+        require(self.loss_chunk_tokens >= 1, f"objective.loss_chunk_tokens {self.loss_chunk_tokens} must be positive")
+        require(0 <= self.z_loss < math.inf, f"objective.z_loss {self.z_loss} must be finite and not negative")
         require(self.accumulation >= 1, f"objective.accumulation {self.accumulation} must be positive")
 
 
@@ -85,17 +86,20 @@ class StepFunctions:
         read = {part for branch in arm for part in branch_parts(branch)}
         return tuple(part for part in self.optimizer.trainable_parts if part in read)
 
-    def branch_terms(self, params: Mapping[str, Any], batch: Batch, branch: str, control: Control) -> TokenTerms:
-        """Losses at each position of one micro-batch; the base branch brings its teacher when the configuration has one."""
+    def branch_loss(
+        self, params: Mapping[str, Any], batch: Batch, branch: str, weights: LossWeights, control: Control
+    ) -> tuple[Float32[Array, ""], TokenTerms]:
+        """Weighted loss of one micro-batch, and the terms at each position; a base branch that has a teacher runs it too."""
         hidden = branch_hidden(self.model, params, batch, branch)
         teacher = None
         if branch == "base" and self.consistency.uses_teacher:
             teacher = branch_hidden(self.model, jax.lax.stop_gradient(params), batch, "large")
-        return losses.token_terms(
+        return losses.weighted_loss(
             hidden,
             head_weights(params["decoder"]),
             batch.targets,
-            chunk=self.objective.loss_chunk,
+            weights,
+            chunk=self.objective.loss_chunk_tokens,
             teacher_hidden=teacher,
             temperature=control.temperature,
         )
@@ -106,13 +110,18 @@ class StepFunctions:
         """One micro-batch's share of the step's loss, and the sums behind it: all over the whole step's counts."""
         params = {**still, **moving}
         mask = losses.kl_mask(batch, self.consistency.kl_positions)
-        kl_weight = control.kl_weight * control.temperature**2
-        loss, shares = jnp.zeros((), jnp.float32), {}
+        weights = self.loss_weights(batch, mask, counts, control)
+        total, shares = jnp.zeros((), jnp.float32), {}
         for branch in arm:
-            share = mean_terms(self.branch_terms(params, batch, branch, control), batch.loss_weights, mask, counts)
-            loss += share.cross_entropy + self.objective.z_loss * share.z_squared + kl_weight * share.kl_at_temperature
-            shares[branch] = share
-        return loss, shares
+            loss, terms = self.branch_loss(params, batch, branch, weights, control)
+            total, shares[branch] = total + loss, mean_terms(terms, batch.loss_weights, mask, counts)
+        return total, shares
+
+    def loss_weights(self, batch: Batch, mask: Bool[Array, "b l"], counts: Counts, control: Control) -> LossWeights:
+        """What each term of each position weighs in the step's loss: CE + z_loss · (log Z)² + λ T² KL."""
+        likelihood = batch.loss_weights / counts.loss
+        kl = control.kl_weight * control.temperature**2 * mask / counts.kl
+        return LossWeights(likelihood, self.objective.z_loss * likelihood, kl)
 
     def gradients(self, params: Any, batch: Batch, arm: tuple[str, ...], counts: Counts, control: Control) -> Any:
         """(loss, mean terms by branch, gradients of the arm's moving parts), summed over the micro-batches of `batch`."""

@@ -74,14 +74,16 @@ def weight_gradient_shapes(setup: Setup) -> str:
 
 
 def test_the_lowered_step_holds_no_weight_gradient_of_a_frozen_decoder():
-    """The embedding's gradient would be the only float32 value of the vocabulary's shape that is added to in a loop."""
+    """Neither that of a layer nor that of the head, the one float32 value of the head's shape that is added to."""
     rate = dict(learning_rate=1e-2, warmup_steps=0, schedule="constant")
     frozen = weight_gradient_shapes(make_setup(OptimizerConfig(**rate, frozen=("decoder",))))
     trained = weight_gradient_shapes(make_setup(OptimizerConfig(**rate)))
     # A stacked MLP kernel of the decoder [2 layers, 32, 64]: its gradient is written layer by layer in the backward scan.
-    update = re.compile(r"dynamic_update_slice.*tensor<2x32x64xf32>")
-    assert update.search(trained)
-    assert not update.search(frozen)
+    layer = re.compile(r"dynamic_update_slice.*tensor<2x32x64xf32>")
+    head = re.compile(r"stablehlo.add .*tensor<32x128xf32>")
+    for update in (layer, head):
+        assert update.search(trained)
+        assert not update.search(frozen)
 
 
 def test_donated_state_is_aliased(setup):
@@ -112,7 +114,7 @@ def with_padding_micro_batch() -> object:
 
 @pytest.mark.parametrize("batch", [random_batch(5), with_padding_micro_batch()], ids=["unequal", "padding"])
 def test_accumulation_equals_the_large_batch(setup, batch):
-    accumulated = make_setup(objective=ObjectiveConfig(loss_chunk=16, accumulation=2))
+    accumulated = make_setup(objective=ObjectiveConfig(loss_chunk_tokens=16, accumulation=2))
     for arm in (0, 1):
         state = setup.state._replace(step=jnp.int32(arm))
         whole, whole_metrics = setup.run(state, batch)
