@@ -20,9 +20,6 @@ from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.training import optimizer
 from hypervl_jax.training.optimizer import OptimizerConfig
 
-UNSHARDED_LIMIT = 0.02
-"""Largest share of parameters that may stay whole on every device of a sharded mesh."""
-
 
 class Counters(NamedTuple):
     """What has been done, exactly; `tokens` holds (low, high) 32-bit halves, for 352.5B does not fit 32 bits."""
@@ -97,7 +94,6 @@ def state_shardings(
     """NamedShardings of the whole state: moments lie where their parameters lie, counters everywhere."""
     params, axes = abstract_parameters(config, runtime)
     shardings = partitioning.shardings(params, axes, mesh)
-    check_sharded(params, shardings, mesh)
     whole = partitioning.replicated(mesh)
     abstract = abstract_state(config, runtime, optimizer_config, num_sources)
     moments = {
@@ -111,21 +107,6 @@ def state_shardings(
         for part, tree in abstract.moments.items()
     }
     return TrainState(whole, shardings, moments, jax.tree.map(lambda _: whole, abstract.counters))
-
-
-def check_sharded(params: Any, shardings: Any, mesh: Mesh) -> None:
-    """Raises `ConfigError` when over 2 % of the parameters stay whole although the mesh could split them."""
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
-        return
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    whole = sum(
-        size for size, sharding in zip(sizes, jax.tree.leaves(shardings), strict=True) if sharding.is_fully_replicated
-    )
-    if whole > UNSHARDED_LIMIT * sum(sizes):
-        share = 100 * whole / sum(sizes)
-        raise ConfigError(
-            f"{share:.1f} % of the parameters are unsharded on the mesh {dict(mesh.shape)}; the limit is {100 * UNSHARDED_LIMIT:.0f} %"
-        )
 
 
 def check_parameters(params: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
