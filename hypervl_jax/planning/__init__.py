@@ -1,0 +1,1 @@
+"""What a training step costs on a TPU pod, found on a CPU machine: chips, FLOPs, compiled programs, bounds."""

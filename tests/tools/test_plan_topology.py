@@ -1,0 +1,90 @@
+"""The planner's command on the debug size and a small slice: one real compile of both arms by the TPU compiler."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from experiments.planning import out_of_memory
+from hypervl_jax.planning.chips import topology
+from tools import plan_topology
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@needs_compiler
+def test_a_plan_of_the_debug_size(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "--config",
+        "stage2",
+        "--topology",
+        "v5e-4",
+        "--debug",
+        "--rows-per-chip",
+        "1",
+        "--json",
+        "--save",
+        str(tmp_path),
+    ]
+    assert plan_topology.main([*asked, "--price-per-chip-hour", "2"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan == json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["fits"], plan["chips"], plan["accumulation"], plan["rows_per_shard"]) == (True, 4, 2, 1)
+    assert (tmp_path / "step.executable").stat().st_size > 0
+
+    sizes = plan["bytes"]
+    # AdamW in float32 keeps two moments of every parameter; the compiler's argument bytes are padded, hence more.
+    assert sizes["optimizer"] == pytest.approx(2 * sizes["parameters"], rel=1e-3)
+    assert sizes["tiles"] == 8 // 4 * 24 * 64 * 64 * 3
+    assert (
+        sum(sizes[kind] for kind in ("parameters", "optimizer", "tiles", "batch"))
+        <= sizes["needed"]
+        <= sizes["available"]
+    )
+
+    base, large = plan["arms"]["base"], plan["arms"]["large"]
+    # Full rematerialisation of the decoder, one level in the towers: at most one more forward pass, a third of the step.
+    assert 0.66 < large["useful_share"] < base["useful_share"] < 1
+    # The base arm reads the large tower for its teacher and never differentiates it.
+    assert base["flops"]["vision_large"]["compiled"] == base["flops"]["vision_large"]["useful"]
+    assert "vision_base" not in large["flops"]
+    for arm in (base, large):
+        kinds = {entry["kind"] for entry in arm["collectives"]}
+        assert "all-gather" in kinds
+        assert not any(entry["crosses_slices"] for entry in arm["collectives"])
+        assert plan["step_seconds_floor"] >= arm["floors"]["arithmetic"] / 2 > 0
+    assert plan["budget"]["price"] == pytest.approx(2 * plan["budget"]["chip_hours"])
+    assert 0 < plan["mfu_bound"] < 1
+
+
+@needs_compiler
+def test_the_compilers_message_counts_arguments_too() -> None:
+    device = topology("v5e-4").devices()[0]
+    argument = jax.ShapeDtypeStruct((20 << 10, 1 << 18), jnp.float32, sharding=SingleDeviceSharding(device))
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.jit(jnp.sum).lower(argument).compile()
+    assert out_of_memory(str(error.value)) == 20 << 30
+    assert out_of_memory("something else") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "stage1", "--topology", "v5e-5"], "no v5e slice has 5 chips"),
+        (["--config", "stag1", "--topology", "v5e-4"], "did you mean stage1"),
+        (["--config", "stage1", "--topology", "v5e-4", "--config.optimizer.lr=1"], "unknown key"),
+    ],
+)
+def test_errors_say_what_is_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_topology.main(arguments) == plan_topology.USAGE_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan_topology.main(["--config", "stage1", "--topology", "v5e-4", "--row-per-chip=2"])
+    assert "--row-per-chip=2" in capsys.readouterr().err
