@@ -2,9 +2,9 @@
 
     save (state, data state) when due ─► evaluate when due ─► next batch ─► step
 
-Checkpoint N means: N updates are done and batch N has not been read. The host reads metrics one step late and in groups, so
-the devices never wait for it; decisions (stop, rewind) are taken at log boundaries from the lines of the steps before, hence
-are the same in an uninterrupted and in a resumed run.
+Checkpoint N means: N updates are done and batch N has not been read. The host runs ahead of the devices and reads metrics one
+step late and in groups, so the devices never wait for it; decisions (stop, rewind) are taken at log boundaries from the lines of
+the steps before, hence are the same in an uninterrupted and in a resumed run. What is only watched lies in `telemetry`.
 
 Start-up order: eval_shape -> shardings -> restore, or load pretrained -> check tree, shapes, dtypes -> initialise what is missing.
 """
@@ -12,9 +12,10 @@ Start-up order: eval_shape -> shardings -> restore, or load pretrained -> check 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
+import pathlib
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from hypervl_jax import partitioning
-from hypervl_jax.architecture import PARTS, ConfigError, HyperVLConfig, require
+from hypervl_jax.architecture import PARTS, HyperVLConfig, require
 from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.partitioning import MeshConfig
 from hypervl_jax.training import state as training_state
@@ -32,12 +33,21 @@ from hypervl_jax.training.checkpoint import CheckpointConfig, Checkpoints, Descr
 from hypervl_jax.training.consistency import ConsistencyConfig, make_control
 from hypervl_jax.training.feed import DeviceFeed, local_rows, to_global, to_local
 from hypervl_jax.training.heldout import HeldoutEvaluation
-from hypervl_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from hypervl_jax.training.host_metrics import HostMetrics, PendingMetrics, Progress, boundary_metrics
+from hypervl_jax.training.optimizer import OptimizerConfig
 from hypervl_jax.training.preemption import PreemptionGuard
-from hypervl_jax.training.spikes import find_spike
+from hypervl_jax.training.program import build_step
+from hypervl_jax.training.spikes import first_spike
 from hypervl_jax.training.state import TrainState
-from hypervl_jax.training.step import ObjectiveConfig, StepFunctions, compile_step
-from hypervl_jax.training.telemetry import MetricsLog, ProgressLine
+from hypervl_jax.training.step import ObjectiveConfig
+from hypervl_jax.training.telemetry.goodput import CHECKPOINT, EVALUATION, ActivityClock
+from hypervl_jax.training.telemetry.monitor import Monitor, MonitorConfig
+from hypervl_jax.training.telemetry.progress import ProgressLine
+from hypervl_jax.training.telemetry.step_times import StepTime
+from hypervl_jax.training.telemetry.utilization import Utilization, arms_flops
+from hypervl_jax.training.telemetry.watchdog import Watchdog
+
+MOST_SPIKE_WINDOW = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +56,15 @@ class LoopConfig:
 
     Attributes:
         steps: horizon of the schedules, and the last step when `token_budget` is 0.
-        token_budget: stop at the first log boundary at which this many LLM positions (padding left out) were seen.
+        token_budget: the run ends at the first log boundary at which this many LLM positions (padding left out) were seen, before
+            or after `steps`; the progress line says when the two lie apart.
         log_every: steps between log boundaries.
         evaluate_every: steps between held-out evaluations; 0: only at the end.
         nonfinite_limit: stop after this many steps in a row with a non-finite loss or gradient (each is skipped and counted).
-        spike_factor: rewind when a loss exceeds this times the median of the `spike_window` losses before it; 0: never.
+        spike_factor: rewind when a loss exceeds this times the median of the `spike_window` losses before it of the same arm; 0: never.
         spike_window: see `spike_factor`.
         spike_skip: batches skipped beyond the one that spiked, after going back to the last checkpoint before it.
-        spike_limit: rewinds after which the run stops.
+        spike_limit: rewinds of the whole run, all its starts together, after which it stops.
         prefetch: batches prepared on the devices ahead of the step.
     """
 
@@ -81,7 +92,15 @@ class LoopConfig:
             self.spike_factor == 0 or self.spike_factor > 1,
             f"loop.spike_factor {self.spike_factor} must be above 1, or 0 for never",
         )
-        require(self.spike_window >= 2, f"loop.spike_window {self.spike_window} must be at least 2")
+        require(
+            2 <= self.spike_window <= MOST_SPIKE_WINDOW,
+            f"loop.spike_window {self.spike_window} must lie in 2..{MOST_SPIKE_WINDOW}: its losses are saved with every checkpoint",
+        )
+        require(
+            self.spike_skip >= 0 and self.spike_limit >= 0,
+            f"loop.spike_skip {self.spike_skip} and spike_limit {self.spike_limit} must not be negative",
+        )
+        require(self.prefetch >= 1, f"loop.prefetch {self.prefetch} must be at least 1 batch")
         require(self.nonfinite_limit >= 1, f"loop.nonfinite_limit {self.nonfinite_limit} must be positive")
 
 
@@ -118,23 +137,13 @@ class TrainingStopped(RuntimeError):
 PretrainedLoader = Callable[[Mapping[str, Any]], dict[str, Any]]
 """From abstract parameters with shardings, by part, to the parts it supplies; parts it leaves out are initialised."""
 
+EpochCounter = Callable[[BatchLoader, np.ndarray], Mapping[str, float]]
+"""From a loader and its lane states to the passes over each source so far."""
 
-@dataclasses.dataclass
-class Progress:
-    """What the host remembers of the steps whose metrics it has read; saved with every checkpoint."""
 
-    tokens: int = 0
-    rewinds: int = 0
-    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON form."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Progress:
-        """The inverse of `to_json`."""
-        return cls(values["tokens"], values["rewinds"], [(int(step), float(loss)) for step, loss in values["history"]])
+STEPS_UNDER_WAY = 2
+"""Steps the host gives to the devices ahead: one runs, one waits. More would not be faster, and a preemption would have to wait
+for all of them within its grace time."""
 
 
 class Trainer:
@@ -150,45 +159,31 @@ class Trainer:
         heldout: Callable[[tuple[int, ...]], Iterable[Batch]] | None = None,
         pretrained: PretrainedLoader | None = None,
         devices: Sequence[jax.Device] | None = None,
+        monitoring: MonitorConfig | None = None,
+        epochs: EpochCounter | None = None,
     ):
-        self.config = run
+        self.monitoring = monitoring or MonitorConfig()
+        self.clock = ActivityClock(self.monitoring.started)
         self.workdir = epath.Path(workdir)
         self.sources = tuple(sources)
+        self.description = description
         self.mesh: Mesh = partitioning.make_mesh(run.mesh, devices)
-        self.rows = partitioning.row_sharding(self.mesh)
+        program = build_step(run, len(self.sources), self.mesh)
+        self.config, self.functions, self.rows = program.run, program.functions, program.rows
+        self.abstract, self.shardings, self.step_function = program.abstract, program.shardings, program.step
         self.lanes = local_rows(run.batch.rows, self.rows)
-        self.check_rows()
         self.loader = make_loader(self.lanes)
         self.make_heldout = heldout
         self.pretrained = pretrained
-        self.functions = StepFunctions(
-            run.architecture,
-            run.runtime,
-            run.optimizer,
-            run.consistency,
-            run.objective,
-            learning_rate_schedule(run.optimizer, run.loop.steps),
-            len(self.sources),
+        self.count_epochs = epochs
+        self.utilization = Utilization(
+            arms_flops(run.architecture, run.batch, run.consistency, run.optimizer.trainable_parts),
+            self.mesh.devices.flatten().tolist(),
         )
-        sizes = (run.architecture, run.runtime, run.optimizer, len(self.sources))
-        self.abstract = training_state.abstract_state(*sizes)
-        self.shardings = training_state.state_shardings(*sizes, self.mesh)
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", run.checkpoint)
-        if jax.process_index() == 0:
-            write_description(self.workdir / "checkpoints", description)
-        self.step_function = compile_step(self.functions, self.shardings, self.rows)
+        self.boundary_function = jax.jit(boundary_metrics, out_shardings=partitioning.replicated(self.mesh))
         self.control = jax.device_put(make_control(run.consistency, run.seed), partitioning.replicated(self.mesh))
         self.progress = Progress()
-
-    def check_rows(self) -> None:
-        """Raises `ConfigError` unless every micro-batch splits evenly over the mesh's row shards."""
-        ways = int(np.prod([self.mesh.shape[axis] for axis in partitioning.ROW_AXES]))
-        micro, rest = divmod(self.config.batch.rows, self.config.objective.accumulation)
-        if rest or micro % ways:
-            raise ConfigError(
-                f"batch.rows {self.config.batch.rows} cannot be split into {self.config.objective.accumulation} micro-batches "
-                f"over {ways} row shards; make rows a multiple of {self.config.objective.accumulation * ways}"
-            )
 
     # ---------------------------------------------------------------- start-up
 
@@ -223,16 +218,37 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains to the end of the budget, or to a preemption."""
-        with jax.set_mesh(self.mesh), PreemptionGuard() as preemption:
+        directory, seconds = pathlib.Path(self.workdir), self.monitoring.hang_seconds
+        watchdog = Watchdog(directory, self.clock, seconds, jax.process_index())
+        with jax.set_mesh(self.mesh), PreemptionGuard() as preemption, watchdog:
             state, lane_states = self.start()
-            step, primary = int(state.step), jax.process_index() == 0
-            loop = self.config.loop
-            with (
-                MetricsLog(self.workdir, "metrics", step, enabled=primary) as metrics,
-                MetricsLog(self.workdir, "evaluations", step, enabled=primary) as evaluations,
-                ProgressLine(loop.steps, step, loop.token_budget, enabled=primary) as line,
-            ):
-                return _Loop(self, preemption, metrics, evaluations, line, state, lane_states).run()
+            self.describe()
+            with self.monitor(int(state.step), watchdog.beat) as monitor:
+                return _Loop(self, preemption, monitor, state, lane_states).run()
+
+    def describe(self) -> None:
+        """Says what the checkpoints to come are, once it is known that the run can begin."""
+        if jax.process_index() == 0:
+            write_description(self.workdir / "checkpoints", self.description)
+
+    def monitor(self, step: int, on_step_end: Callable[[], None]) -> Monitor:
+        """The watchers of a start that goes on at `step`."""
+        loop, primary = self.config.loop, jax.process_index() == 0
+        line = ProgressLine(loop.steps, step, loop.token_budget, enabled=primary)
+        return Monitor(
+            self.monitoring,
+            pathlib.Path(self.workdir),
+            step,
+            line,
+            self.utilization,
+            self.config.batch,
+            self.clock,
+            on_step_end,
+        )
+
+    def epochs(self, lane_states: np.ndarray) -> Mapping[str, float]:
+        """Passes over each source so far, by this host's lanes; empty when nobody can tell."""
+        return self.count_epochs(self.loader, lane_states) if self.count_epochs else {}
 
     def feed(self, lane_states: np.ndarray) -> DeviceFeed:
         """Device batches from the given lane states on."""
@@ -266,20 +282,18 @@ class _Loop:
         self,
         trainer: Trainer,
         preemption: PreemptionGuard,
-        metrics: MetricsLog,
-        evaluations: MetricsLog,
-        line: ProgressLine,
+        monitor: Monitor,
         state: TrainState,
         lane_states: np.ndarray,
     ):
         self.trainer = trainer
         self.config = trainer.config.loop
         self.preemption = preemption
-        self.metrics, self.evaluations, self.line = metrics, evaluations, line
+        self.monitor = monitor
         self.state, self.lane_states = state, lane_states
         self.step = int(state.step)
-        self.pending: list[tuple[int, dict[str, jax.Array], float]] = []
-        self.clock = time.perf_counter()
+        self.pending = PendingMetrics(trainer.sources)
+        self.under_way: deque[Future[StepTime]] = deque()
         self.heldout: dict[str, float] = {}
         self.evaluation = HeldoutEvaluation(trainer.functions, trainer.sources, trainer.shardings.params, trainer.rows)
         self.heldout_batches: list[Batch] | None = None
@@ -304,12 +318,7 @@ class _Loop:
                     self.save()
                 if self.config.evaluate_every and self.step % self.config.evaluate_every == 0 and self.step > 0:
                     self.evaluate()
-                with jax.transfer_guard("disallow"):
-                    fed = next(feed)
-                    self.state, values = self.trainer.step_function(self.state, fed.batch, self.trainer.control)
-                self.lane_states = fed.lane_states
-                self.pending.append((self.step, values, fed.waited))
-                self.step += 1
+                self.train_step(feed)
                 if self.step % self.config.log_every == 0:
                     self.at_log_boundary()
         finally:
@@ -318,48 +327,57 @@ class _Loop:
         self.evaluate()
         return self.outcome("complete")
 
+    def train_step(self, feed: DeviceFeed) -> None:
+        """Takes the next batch and gives the step to the devices; waits only for the step before the last one to end."""
+        if len(self.under_way) == STEPS_UNDER_WAY:
+            self.under_way.popleft().result()
+        with jax.transfer_guard("disallow"):
+            fed = self.monitor.next_batch(feed)
+            with self.monitor.step(self.step):
+                self.state, values = self.trainer.step_function(self.state, fed.batch, self.trainer.control)
+        self.lane_states = fed.lane_states
+        self.under_way.append(self.monitor.dispatched(values["loss"]))
+        self.pending.add(self.step, values, self.under_way[-1])
+        self.step += 1
+
     def finished(self) -> bool:
         """Whether the budget is used up; with a token budget this is decided at log boundaries only."""
         if not self.config.token_budget:
             return self.step >= self.config.steps
-        return self.step % self.config.log_every == 0 and self.trainer.progress.tokens >= self.config.token_budget
+        return (
+            self.step % self.config.log_every == 0 and self.trainer.progress.boundary_tokens >= self.config.token_budget
+        )
 
     # ---------------------------------------------------------------- metrics
 
     def at_log_boundary(self) -> None:
         """Reads the metrics of all steps but the newest, which is still running, and takes the decisions they call for."""
+        self.pending.add_to_newest(self.trainer.boundary_function(self.state))
         self.drain(keep=1)
+        self.monitor.write_performance(self.trainer.epochs(self.lane_states))
+        progress = self.trainer.progress
+        progress.boundary_tokens = progress.tokens
         if self.config.spike_factor:
             seen = self.step - 1 - self.config.log_every
-            spike = find_spike(self.trainer.progress.history, self.config.spike_window, self.config.spike_factor, seen)
+            spike = first_spike(progress.history, self.config.spike_window, self.config.spike_factor, seen)
             if spike is not None:
                 raise _Rewind(spike)
 
     def drain(self, keep: int = 0) -> None:
-        """Fetches and writes pending metrics, all but the last `keep` steps, in one transfer."""
-        cut = len(self.pending) - keep
-        if cut <= 0:
-            return
-        taken, self.pending = self.pending[:cut], self.pending[cut:]
-        values = jax.device_get([entry[1] for entry in taken])
-        now = time.perf_counter()
-        seconds, self.clock = (now - self.clock) / cut, now
-        for (step, _, waited), line in zip(taken, values, strict=True):
-            self.record(step, {name: float(value) for name, value in line.items()}, waited, seconds)
-        self.metrics.flush()
+        """Reads and writes pending metrics, all but the last `keep` steps; nothing happens when there are none."""
+        lines = self.pending.read(keep)
+        for line in lines:
+            self.record(line)
+        if lines:
+            self.monitor.metrics.flush()
 
-    def record(self, step: int, values: dict[str, float], waited: float, seconds: float) -> None:
-        """One step's line; stops the run when too many steps in a row were not finite."""
-        progress = self.trainer.progress
-        progress.tokens += int(values["tokens"])
-        keep = self.config.spike_window + 2 * self.config.log_every
-        if math.isfinite(values["loss"]):
-            progress.history = [*progress.history, (step, values["loss"])][-keep:]
-        values |= {"tokens_seen": progress.tokens, "seconds": seconds, "data_wait": waited}
-        self.metrics.write(step, values)
-        self.line.update(step + 1, progress.tokens, values)
+    def record(self, line: HostMetrics) -> None:
+        """Writes one step's line; stops the run when too many steps in a row were not finite."""
+        step, values, progress = line.step, line.values, self.trainer.progress
+        progress.update(step, values, keep=self.config.spike_window + 2 * self.config.log_every)
+        self.monitor.record(line, progress.tokens)
         if values["skipped_in_a_row"] >= self.config.nonfinite_limit:
-            self.metrics.flush()
+            self.monitor.metrics.flush()
             raise TrainingStopped(
                 f"{self.config.nonfinite_limit} steps in a row up to step {step} had a non-finite loss or gradient; each was "
                 "skipped. Look at the last lines of metrics.jsonl, lower optimizer.learning_rate or check the data"
@@ -371,24 +389,26 @@ class _Loop:
         """Writes checkpoint `step`, after every metric line before it is on disk."""
         self.drain()
         trainer = self.trainer
-        lanes = to_global(self.lane_states, trainer.config.batch.rows, trainer.lanes, trainer.rows)
-        trainer.checkpoints.save(self.state, lanes, trainer.progress.to_json())
+        with self.monitor.pause(CHECKPOINT):
+            lanes = to_global(self.lane_states, trainer.config.batch.rows, trainer.lanes, trainer.rows)
+            trainer.checkpoints.save(self.state, lanes, trainer.progress.to_json())
+        self.monitor.goodput.mark(self.step)
 
     def evaluate(self) -> None:
         """Held-out losses of the current parameters."""
-        with self.line.pause():
+        self.drain()
+        with self.monitor.pause(EVALUATION):
             if self.heldout_batches is None:
                 self.heldout_batches = self.trainer.heldout_batches()
             if not self.heldout_batches:
                 return
             self.heldout = self.evaluation(self.state.params, self.heldout_batches)
-        self.evaluations.write(self.step, self.heldout)
-        self.evaluations.flush()
+        self.monitor.evaluations.write(self.step, self.heldout)
+        self.monitor.evaluations.flush()
         shown = ", ".join(
             f"{name} {self.heldout[name]:.3f}" for name in ("cross_entropy/base", "cross_entropy/large", "kl")
         )
-        self.line.message(f"held-out at step {self.step}: {shown}")
-        self.clock = time.perf_counter()
+        self.monitor.line.message(f"held-out at step {self.step}: {shown}")
 
     def rewind(self, spike: int) -> None:
         """Back to the last checkpoint before the spike, then past the batches up to and beyond it."""
@@ -404,14 +424,14 @@ class _Loop:
             raise TrainingStopped(
                 f"the loss spiked at step {spike} and {reason}; look at metrics.jsonl around that step"
             )
+        self.monitor.rewind(target)
         trainer.checkpoints.forget_after(target)
         self.state, self.lane_states = trainer.restore(abstract_like(trainer.abstract, trainer.shardings), target)
         trainer.progress.rewinds = rewinds
-        self.step, self.pending = target, []
-        self.metrics.rewind(target)
-        self.evaluations.rewind(target)
+        self.step = target
+        self.pending.forget()
         self.skip_batches(spike - target + 1 + self.config.spike_skip)
-        self.line.message(
+        self.monitor.line.message(
             f"loss spike at step {spike}: back to step {target}, batches up to the spike and {self.config.spike_skip} more skipped"
         )
 
@@ -426,7 +446,9 @@ class _Loop:
 
     def outcome(self, status: str) -> Outcome:
         """The result of this call, once every save is on disk."""
-        self.trainer.checkpoints.wait()
+        with self.monitor.pause(CHECKPOINT):
+            self.trainer.checkpoints.wait()
+        self.monitor.write_performance(self.trainer.epochs(self.lane_states))
         counters = jax.device_get(self.state.counters)
         tokens = dict(zip(self.trainer.sources, training_state.token_totals(counters.tokens), strict=True))
         branch_steps = {"base": int(counters.branch_steps[0]), "large": int(counters.branch_steps[1])}

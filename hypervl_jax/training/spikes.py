@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LossLine = tuple[int, float]
 """(step, loss) of one update."""
@@ -21,3 +21,14 @@ def find_spike(history: Sequence[LossLine], window: int, factor: float, examine_
         if step >= examine_from and loss > factor * before:
             return step
     return None
+
+
+def first_spike(
+    histories: Mapping[int, Sequence[LossLine]], window: int, factor: float, examine_from: int
+) -> int | None:
+    """The first step that `find_spike` finds in the history of any arm.
+
+    Each arm is judged by its own steps: the loss of a base step holds a KL term and is another quantity than that of a large one.
+    """
+    found = (find_spike(history, window, factor, examine_from) for history in histories.values())
+    return min((step for step in found if step is not None), default=None)

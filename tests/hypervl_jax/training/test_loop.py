@@ -1,9 +1,11 @@
 """The loop's order, stops, rewinds and hand-over, on a loader whose batches are a pure function of their number."""
 
 import json
+import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -13,10 +15,14 @@ from hypervl_jax.training import checkpoint, spikes
 from hypervl_jax.training.batch import LoadedBatch
 from hypervl_jax.training.checkpoint import CheckpointConfig, CheckpointError, Description
 from hypervl_jax.training.consistency import ConsistencyConfig
+from hypervl_jax.training.host_metrics import Progress
 from hypervl_jax.training.loop import LoopConfig, Trainer, TrainingRun, TrainingStopped
 from hypervl_jax.training.optimizer import OptimizerConfig
 from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.training.step import ObjectiveConfig
+from hypervl_jax.training.telemetry.goodput import read_goodput
+from hypervl_jax.training.telemetry.monitor import MonitorConfig
+from hypervl_jax.training.telemetry.profiling import StepRange
 from tests.experiments.processes import read_arrays
 from tests.small import RUNTIME, SHAPE, SOURCES, random_batch, small_architecture
 
@@ -24,14 +30,14 @@ from tests.small import RUNTIME, SHAPE, SOURCES, random_batch, small_architectur
 class NumberedLoader:
     """Batch n is `random_batch(n)`; a lane's state is n.
 
-    `broken` batches have infinite loss weights. With `spiked` given, every target is word 1, soon learned, but in those batches.
+    `broken` batches have infinite loss weights. `delays` are the seconds that batches take. With `spiked` given, every target is word 1, soon learned, but in those batches.
     """
 
     state_size = 1
 
-    def __init__(self, lanes, broken=(), spiked=None):
+    def __init__(self, lanes, broken=(), spiked=None, delays=()):
         self.lanes = lanes
-        self.broken, self.spiked = broken, spiked
+        self.broken, self.spiked, self.delays = broken, spiked, dict(delays)
         self.read = []
 
     def initial_states(self):
@@ -45,12 +51,15 @@ class NumberedLoader:
                 batch = batch._replace(loss_weights=np.full_like(batch.loss_weights, np.inf))
             if self.spiked is not None:
                 batch = batch._replace(targets=np.full_like(batch.targets, 2 if number in self.spiked else 1))
+            time.sleep(self.delays.get(number, 0.0))
             self.read.append(number)
             number += 1
             yield LoadedBatch(batch, np.full((len(self.lanes), 1), number, np.int32))
 
 
-def make_trainer(workdir, loop: dict | None = None, every=4, pretrained=None, rate=1e-3, **loader_options) -> Trainer:
+def make_trainer(
+    workdir, loop: dict | None = None, every=4, pretrained=None, rate=1e-3, monitoring=None, **loader_options
+) -> Trainer:
     run = TrainingRun(
         small_architecture(),
         RUNTIME,
@@ -58,7 +67,7 @@ def make_trainer(workdir, loop: dict | None = None, every=4, pretrained=None, ra
         SHAPE,
         OptimizerConfig(learning_rate=rate, warmup_steps=0, schedule="constant"),
         ConsistencyConfig(alternation="base", kl_weight=0.0),
-        ObjectiveConfig(loss_chunk=16),
+        ObjectiveConfig(loss_chunk_tokens=16),
         LoopConfig(**{"steps": 12, "log_every": 2, "prefetch": 2, **(loop or {})}),
         CheckpointConfig(every=every, keep=4),
     )
@@ -70,6 +79,8 @@ def make_trainer(workdir, loop: dict | None = None, every=4, pretrained=None, ra
         description=Description(run.architecture, {"note": "test"}, None),
         pretrained=pretrained,
         devices=jax.devices()[:1],
+        monitoring=monitoring,
+        epochs=lambda loader, lane_states: {"source0": float(lane_states[0, 0]) / 10},
     )
 
 
@@ -115,6 +126,16 @@ def test_a_token_budget_ends_at_a_log_boundary(tmp_path):
     assert sum(outcome.tokens.values()) == sum(line["tokens"] for line in plain[:4])
 
 
+def test_a_token_budget_ends_at_the_same_step_after_a_resume(tmp_path):
+    """A run that resumes at a boundary knows one step more than it did when it came there, and must not decide on it."""
+    budget = int(sum(line["tokens"] for line in lines_of_plain_run(tmp_path / "plain")[:4]))
+    loop = {"token_budget": budget, "steps": 50}
+    assert finish(make_trainer(tmp_path / "budget", loop, every=2)).step == 6
+    resumed = make_trainer(tmp_path / "budget", loop, every=2)
+    resumed.checkpoints.forget_after(4)
+    assert finish(resumed).step == 6
+
+
 def lines_of_plain_run(workdir):
     finish(make_trainer(workdir, {"steps": 6}))
     return lines(workdir)
@@ -149,6 +170,29 @@ def test_spike_rule():
     assert spikes.find_spike(history, 4, 2.0, 0) == 7
     assert spikes.find_spike(history, 4, 2.0, 8) is None
     assert spikes.find_spike(history[5:], 4, 2.0, 0) is None
+
+
+def test_each_arm_is_judged_by_its_own_losses():
+    """Base steps carry a KL term: at 1 base to 3 large their losses are no spikes, and a large arm's spike is not hidden by them."""
+    arms = [0, 1, 1, 1] * 10
+    progress = Progress()
+    for step, arm in enumerate(arms):
+        progress.update(step, {"tokens": 1, "arm": arm, "loss": 1.1 if arm else 2.4}, keep=20)
+    find = lambda: spikes.first_spike(Progress.from_json(json.loads(json.dumps(progress.to_json()))).history, 4, 2.0, 0)
+    assert find() is None
+    progress.update(40, {"tokens": 1, "arm": 1.0, "loss": 3.4}, keep=20)
+    assert find() == 40
+    assert {arm: len(history) for arm, history in progress.history.items()} == {0: 10, 1: 20}
+
+
+def test_a_start_that_fails_says_nothing_of_checkpoints_to_come(tmp_path):
+    def refuse(targets):
+        raise CheckpointError("a pickle")
+
+    with pytest.raises(CheckpointError, match="a pickle"):
+        finish(make_trainer(tmp_path, pretrained=refuse))
+    with pytest.raises(CheckpointError, match="it is not a HyperVL checkpoint directory"):
+        checkpoint.read_description(tmp_path / "checkpoints")
 
 
 def test_a_stage_starts_from_anothers_parameters_with_a_fresh_optimizer(tmp_path):
@@ -196,3 +240,78 @@ def test_the_loop_makes_one_transfer_for_each_log_window(tmp_path, monkeypatch):
     finish(make_trainer(tmp_path, {"steps": 20, "log_every": 10}, every=1000))
     # Two boundaries, the final save's drain, the final counters.
     assert len(calls) == 4
+
+
+def test_what_a_run_writes_about_itself(tmp_path):
+    trainer = make_trainer(
+        tmp_path, {"steps": 8, "log_every": 4}, monitoring=MonitorConfig(profile_steps=StepRange(2, 4))
+    )
+    began = time.monotonic()
+    outcome = finish(trainer)
+    seconds = time.monotonic() - began
+    metrics, performance = lines(tmp_path), lines(tmp_path, "performance")
+
+    at_boundaries = [line["step"] for line in metrics if "parameter_norm/decoder" in line]
+    assert at_boundaries == [3, 7], "the last step before each log boundary"
+    assert {f"gradient_norm/{part}" for part in PARTS} <= metrics[0].keys() | {
+        "gradient_norm/vision_large",
+        "gradient_norm/projector_large",
+    }
+    saved = read_arrays(tmp_path / "checkpoints" / "8" / "params")
+    for part in PARTS:
+        assert metrics[7][f"parameter_norm/{part}"] == pytest.approx(float(optax.global_norm(saved[part])), rel=1e-6)
+    assert {name: metrics[7][f"tokens/{name}"] for name in outcome.tokens} == outcome.tokens
+
+    # At boundary 4 step 3 was still running; the save at 4 read it, and boundary 8 and the end wrote the rest.
+    assert [(line["step"], line["steps"]) for line in performance] == [(2, 3), (6, 4), (7, 1)]
+    assert [line["epochs/source0"] for line in performance] == [0.4, 0.8, 0.8]
+    window = metrics[3:7]
+    chips_seconds = sum(line["seconds"] for line in window)
+    assert performance[1]["tokens_per_second_per_chip"] == pytest.approx(
+        sum(line["tokens"] for line in window) / chips_seconds
+    )
+    assert performance[1]["tiles_per_second_per_chip"] == pytest.approx(
+        sum(line["tiles"] for line in window) / chips_seconds
+    )
+    assert performance[1]["token_fill"] == pytest.approx(
+        sum(line["tokens"] for line in window) / (4 * SHAPE.rows * SHAPE.length)
+    )
+    assert "mfu" not in performance[1], "no peak is known for a CPU"
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+    account = read_goodput(tmp_path / "goodput.json")["seconds"]
+    assert min(account.values()) >= 0
+    assert sum(account.values()) == pytest.approx(seconds, abs=1.0 + 0.1 * seconds)
+    assert account["compile"] > 0
+    assert account["lost"] == 0
+
+
+def test_a_start_that_hangs_is_written_down(tmp_path):
+    def pretrained_that_never_comes(targets):
+        time.sleep(1.5)
+        raise OSError("storage is gone")
+
+    trainer = make_trainer(
+        tmp_path, pretrained=pretrained_that_never_comes, monitoring=MonitorConfig(hang_seconds=0.05)
+    )
+    with pytest.raises(OSError, match="storage is gone"):
+        finish(trainer)
+    text = (tmp_path / "stacks-0.txt").read_text()
+    assert "the loop is in: start" in text
+    assert "pretrained_that_never_comes" in text
+
+
+def test_slow_data_is_noticed_and_a_hang_is_written_down(tmp_path, capfd):
+    monitoring = MonitorConfig(hang_seconds=0.7, stall_share=0.3, stall_steps=3)
+    delays = {number: 0.25 for number in range(2, 12)} | {8: 1.5}
+    finish(make_trainer(tmp_path, monitoring=monitoring, delays=delays, every=1000))
+    waits = [line["data_wait"] for line in lines(tmp_path)]
+    assert waits[0] < 0.1, "the first batch belongs to the start"
+    assert waits[8] > 1.0
+    assert sum(waits) == pytest.approx(
+        read_goodput(tmp_path / "goodput.json")["seconds"]["data_wait"], rel=1e-3, abs=0.02
+    )
+    assert "the loop is in: data wait" in (tmp_path / "stacks-0.txt").read_text()
+    assert (
+        capfd.readouterr().err.count("the devices wait for data: over 30% of the step time for 3 steps in a row") == 1
+    )

@@ -1,0 +1,1 @@
+"""How a run is watched: metrics, progress, goodput, utilization, profiles and the watchdog. Nothing here changes what a step computes."""
