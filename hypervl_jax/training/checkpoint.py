@@ -8,16 +8,20 @@ killed process leaves the last whole checkpoint. Beside the steps lies `descript
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from hypervl_jax import architecture
 from hypervl_jax.architecture import PARTS, ConfigError, HyperVLConfig, require
@@ -26,6 +30,7 @@ from hypervl_jax.training.state import TrainState
 
 FORMAT_VERSION = 1
 DESCRIPTION = "description"
+_SHARE = "Choose a --workdir on storage that all hosts share"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ class CheckpointConfig:
         require(
             self.every >= 1 and self.keep >= 1, f"checkpoint.every {self.every} and keep {self.keep} must be positive"
         )
+        require(self.keep_period >= 0, f"checkpoint.keep_period {self.keep_period} must not be negative; 0 is never")
 
 
 class Description(NamedTuple):
@@ -67,11 +73,15 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. With several processes all of them make it and call its methods, in the same order.
+
+    Raises `CheckpointError` when the processes do not see the same directory.
+    """
 
     def __init__(self, directory: epath.PathLike, config: CheckpointConfig):
         self.directory = absolute(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
+        check_shared(self.directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep,
             keep_period=config.keep_period or None,
@@ -81,21 +91,30 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest whole checkpoint. Raises `CheckpointError` when the processes see different ones."""
+        step = self._manager.latest_step()
+        seen = from_all_processes(-1 if step is None else step)
+        if len(set(seen)) > 1:
+            raise CheckpointError(
+                f"the processes see different newest checkpoints in {self.directory}: {', '.join(map(str, seen))} (-1: none). "
+                f"{_SHARE}"
+            )
+        return step
 
     def save(self, state: TrainState, lanes: jax.Array, progress: Mapping[str, Any]) -> None:
         """Starts writing the checkpoint of `state.step`; a step that is already there is kept."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        check_space(self.directory, state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(_optimizer_item(state)),
             lanes=ocp.args.StandardSave({"states": lanes}),
             progress=ocp.args.JsonSave(dict(progress)),
         )
-        self._manager.save(step, args=items, force=True)
+        with writing(self.directory):
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, target: TrainState, lanes: jax.ShapeDtypeStruct, step: int | None = None) -> Restored:
         """Reads a checkpoint into the shapes, dtypes and shardings of `target` and `lanes` (abstract arrays)."""
@@ -132,12 +151,64 @@ class Checkpoints:
         return max((found for found in self._manager.all_steps() if found <= step), default=None)
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until every started save is on disk. Raises `CheckpointError` when one could not be written."""
+        with writing(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes pending saves and frees the manager's threads."""
-        self._manager.close()
+        """Finishes pending saves and frees the manager's threads. Raises as `wait`."""
+        with writing(self.directory):
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def writing(directory: epath.Path) -> Iterator[None]:
+    """Raises as `CheckpointError` what Orbax raises in the block when storage fails: `OSError`, or `ValueError` from TensorStore."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"a checkpoint could not be written to {directory}: {reason}. Free space or repair the storage; the same command "
+            "then goes on from the last whole checkpoint"
+        ) from error
+
+
+def check_space(directory: epath.Path, state: TrainState) -> None:
+    """Raises `CheckpointError` when a local file system has less room than the arrays of `state` take."""
+    if "://" in os.fspath(directory):
+        return
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(
+            f"checkpoint {int(state.step)} needs {needed / 1e6:,.0f} MB and {directory} has {free / 1e6:,.0f} MB left. Free space; "
+            "the same command then goes on from the last whole checkpoint"
+        )
+
+
+def from_all_processes(number: int) -> list[int]:
+    """The int32 that each process gives, in the order of the processes. All of them must call it."""
+    if jax.process_count() == 1:
+        return [number]
+    return np.asarray(multihost_utils.process_allgather(np.int32(number))).tolist()
+
+
+def check_shared(directory: epath.Path) -> None:
+    """Raises `CheckpointError` naming the processes that do not see what process 0 writes into the directory."""
+    if jax.process_count() == 1:
+        return
+    word = from_all_processes(secrets.randbits(31))[0]
+    mark = directory / f".shared-{word}"
+    if jax.process_index() == 0:
+        mark.touch()
+    multihost_utils.sync_global_devices("the mark is written")
+    blind = [process for process, sees in enumerate(from_all_processes(int(mark.exists()))) if not sees]
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind:
+        raise CheckpointError(
+            f"process {', '.join(map(str, blind))} of {jax.process_count()} does not see the {directory} of process 0. {_SHARE}"
+        )
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -184,27 +255,32 @@ def load_params(
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     try:
         return ocp.PyTreeCheckpointer().restore(absolute(directory) / str(step) / "params", args=args)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {step} in {directory} holds no parameters; give another --step") from error
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the parameters of checkpoint {step} in {directory} do not fit: {error}") from error
 
 
 def write_description(directory: epath.PathLike, description: Description) -> None:
-    """Writes `description/` beside the checkpoints, once, by rename."""
+    """Writes `description/` beside the checkpoints by rename; one that says the same already is left alone."""
     target = epath.Path(directory) / DESCRIPTION
-    if target.exists():
-        return
-    temporary = epath.Path(directory) / f"{DESCRIPTION}.writing"
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
     values = {
         "format_version": FORMAT_VERSION,
         "architecture": architecture.to_json(description.architecture),
         "details": description.details,
     }
-    (temporary / "description.json").write_text(json.dumps(values, indent=1, sort_keys=True))
+    text = json.dumps(values, indent=1, sort_keys=True)
+    if (target / "description.json").exists() and (target / "description.json").read_text() == text:
+        return
+    temporary = epath.Path(directory) / f"{DESCRIPTION}.writing"
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    (temporary / "description.json").write_text(text)
     if description.tokenizer_directory is not None:
         shutil.copytree(description.tokenizer_directory, temporary / "tokenizer")
+    if target.exists():
+        target.rmtree()
     temporary.rename(target)
 
 
@@ -215,14 +291,16 @@ def read_description(directory: epath.PathLike) -> Description:
         raise CheckpointError(
             f"{directory} holds no {DESCRIPTION}/description.json: it is not a HyperVL checkpoint directory"
         )
-    values = json.loads((home / "description.json").read_text())
-    if values.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has checkpoint format {values.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
+    try:
+        values = json.loads((home / "description.json").read_text())
+        version, details = values["format_version"], dict(values["details"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{home}/description.json is damaged ({error}); restore it from a copy") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{directory} has checkpoint format {version}, this code reads {FORMAT_VERSION}")
     try:
         config = architecture.from_json(values["architecture"])
-    except ConfigError as error:
+    except (ConfigError, KeyError) as error:
         raise CheckpointError(f"{directory}: {error}") from error
     tokenizer = home / "tokenizer"
-    return Description(config, values["details"], tokenizer if tokenizer.exists() else None)
+    return Description(config, details, tokenizer if tokenizer.exists() else None)

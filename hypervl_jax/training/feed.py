@@ -60,12 +60,17 @@ class DeviceFeed:
     """Iterates over a loader's batches as global arrays, prepared by one thread up to `depth` batches ahead.
 
     Errors of the loader are raised in the consumer. `close` stops the thread; it is safe to call twice.
+
+    Raises:
+        ConfigError: the loader reads other lanes than the rows whose data this process must supply.
     """
 
     def __init__(self, loader: BatchLoader, lane_states: np.ndarray, rows: int, mesh: Mesh, depth: int):
         self._sharding = partitioning.row_sharding(mesh)
         self._rows = rows
         self._lanes = tuple(loader.lanes)
+        own = local_rows(rows, self._sharding)
+        require(self._lanes == own, f"the loader reads the lanes {self._lanes}; this process feeds the rows {own}")
         self._source = loader.iterate(lane_states)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(depth, 1))
         self._stopped = threading.Event()

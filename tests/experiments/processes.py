@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -52,37 +53,66 @@ def command(data: pathlib.Path, workdir: pathlib.Path, overrides: Mapping[str, o
     return [*module, "--data", str(data), "--workdir", str(workdir), *options, *keys]
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """This process's environment with `devices` CPU devices."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def recorded(words: Sequence[str], record: pathlib.Path, seconds: float = 0.0) -> list[str]:
+    """The launch command that also records its rows in `record` and takes at least `seconds` for a batch."""
+    launch = words.index("experiments.launch")
+    return [*words[:launch], "tests.experiments.recording_launch", str(record), str(seconds), *words[launch + 1 :]]
 
 
-def start(words: Sequence[str], devices: int = 1) -> subprocess.Popen:
-    """Starts a launch in a process group of its own, its output kept for the failure message."""
-    return subprocess.Popen(
-        words, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+def environment(devices: int = 1, **variables: object) -> dict[str, str]:
+    """This process's environment with `devices` CPU devices and further variables. Programs are compiled fast, not made fast."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    given = {name: str(value) for name, value in variables.items()}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **given}
 
 
-def finish(process: subprocess.Popen, timeout: float = 600) -> str:
+class Launch(subprocess.Popen):
+    """A started command in a process group of its own. Its output goes to a file, so that it never waits for a reader."""
+
+    def __init__(self, words: Sequence[str], variables: Mapping[str, str]):
+        self._file = tempfile.TemporaryFile("ab+")  # noqa: SIM115 - it lives as long as the process
+        super().__init__(words, env=variables, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._file.fileno(), 1 << 24, 0).decode(errors="replace")
+
+
+def start(words: Sequence[str], devices: int = 1, **variables: object) -> Launch:
+    """Starts a launch on `devices` CPU devices."""
+    return Launch(words, environment(devices, **variables))
+
+
+def start_together(commands: Sequence[Sequence[str]], devices: int, **variables: object) -> list[Launch]:
+    """Starts one run of several processes, which find each other by the environment.
+
+    They share no compiled programs: on the CPU only process 0 finds its own in the cache, and the others, still compiling, would
+    come too late for the 30 seconds that Gloo waits for a first meeting.
+    """
+    joint = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": len(commands)}
+    joint |= {"JAX_ENABLE_COMPILATION_CACHE": "false", **variables}
+    return [start(words, devices, JAX_PROCESS_ID=index, **joint) for index, words in enumerate(commands)]
+
+
+def finish(process: Launch, timeout: float = 600) -> str:
     """Waits for a launch that must succeed; returns what it printed."""
-    output = process.communicate(timeout=timeout)[0].decode()
-    assert process.returncode == 0, output[-4000:]
-    return output
+    process.wait(timeout)
+    assert process.returncode == 0, process.output()[-4000:]
+    return process.output()
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Launch) -> None:
     """SIGKILL to the launch and its workers."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
-def wait_until(condition, process: subprocess.Popen, timeout: float = 300) -> None:
+def wait_until(condition: Callable[[], bool], process: Launch, timeout: float = 300) -> None:
     """Polls every millisecond until `condition()`; fails when the process ends first."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, process.communicate()[0].decode()[-4000:]
-        assert time.monotonic() < deadline, "the awaited moment did not come"
+        assert process.poll() is None, process.output()[-4000:]
+        assert time.monotonic() < deadline, f"the awaited moment did not come:\n{process.output()[-4000:]}"
         time.sleep(0.001)
 
 

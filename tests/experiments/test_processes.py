@@ -1,4 +1,4 @@
-"""The same run on one device, on eight devices and in two processes."""
+"""The same run on one device and on eight; `test_multihost` moves a run over other meshes and several processes."""
 
 import pathlib
 
@@ -29,27 +29,7 @@ def assert_same_losses_and_data(workdir: pathlib.Path, reference: pathlib.Path) 
     np.testing.assert_array_equal(*lanes)
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}], ids=["2x2x2", "1x8x1"]
-)
-def test_eight_devices(data, one_device, tmp_path, mesh):
-    overrides = {**RUN, **{f"mesh.{axis}": size for axis, size in mesh.items()}}
-    processes.finish(processes.start(processes.command(data, tmp_path, overrides), devices=8))
-    assert_same_losses_and_data(tmp_path, one_device)
-
-
-def test_two_processes_of_four_devices(data, one_device, tmp_path):
+def test_eight_devices(data, one_device, tmp_path):
     overrides = {**RUN, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    where = f"127.0.0.1:{processes.free_port()}"
-    started = [
-        processes.start(
-            processes.command(
-                data, tmp_path, overrides, "--coordinator", where, "--num-processes", "2", "--process-id", str(number)
-            ),
-            devices=4,
-        )
-        for number in range(2)
-    ]
-    for process in started:
-        processes.finish(process)
+    processes.finish(processes.start(processes.command(data, tmp_path, overrides), devices=8))
     assert_same_losses_and_data(tmp_path, one_device)
