@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,9 @@ from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.batch import TEXT_POSITION, Batch
 from hypervl_jax.vision.anyres import ImagePlan, tile_image
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
+
+DecodeImage = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
+"""An image file's bytes to RGB; raises `UndecodableImage`. The array is only read."""
 
 
 class FailureReason(enum.IntEnum):
@@ -45,7 +48,12 @@ class _Content(NamedTuple):
 
 
 def fill_row(
-    row: Batch, samples: Sequence[Sample], sources: Sequence[Source], tokenizer: Tokenizer, tiling: TilingConfig
+    row: Batch,
+    samples: Sequence[Sample],
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    tiling: TilingConfig,
+    decode: DecodeImage = decode_image,
 ) -> list[Failure]:
     """Writes the samples of one row into it, one after the other.
 
@@ -58,6 +66,7 @@ def fill_row(
         sources: of the mixture, by number.
         tokenizer: of the run.
         tiling: of the run.
+        decode: `decode_image`, or one that remembers, for a caller that lays the same images out again and again.
 
     Returns:
         The samples that failed, in order.
@@ -66,7 +75,7 @@ def fill_row(
     start = first_tile = 0
     for segment, sample in enumerate(samples, start=1):
         try:
-            content = _materialise(sample, sources[sample.source], tokenizer, tiling)
+            content = _materialise(sample, sources[sample.source], tokenizer, tiling, decode)
         except _SampleError as error:
             failures.append(Failure(sample.source, error.reason, str(error)))
         else:
@@ -93,11 +102,13 @@ class _SampleError(Exception):
         self.reason = reason
 
 
-def _materialise(sample: Sample, source: Source, tokenizer: Tokenizer, tiling: TilingConfig) -> _Content:
+def _materialise(
+    sample: Sample, source: Source, tokenizer: Tokenizer, tiling: TilingConfig, decode: DecodeImage
+) -> _Content:
     plans = source.plans(sample.record, sample.alpha, tiling)
     try:
         record = source.record(sample.record)
-        tiles = _image_tiles(record, plans, tiling)
+        tiles = _image_tiles(record, plans, tiling, decode)
         conversation = encode_conversation(record.turns, tokenizer, plans, tiling)
     except DamagedShard:
         raise
@@ -113,13 +124,15 @@ def _materialise(sample: Sample, source: Source, tokenizer: Tokenizer, tiling: T
     return _Content(conversation, tiles)
 
 
-def _image_tiles(record: Record, plans: Sequence[ImagePlan], tiling: TilingConfig) -> UInt8[np.ndarray, "t s s 3"]:
+def _image_tiles(
+    record: Record, plans: Sequence[ImagePlan], tiling: TilingConfig, decode: DecodeImage
+) -> UInt8[np.ndarray, "t s s 3"]:
     """Tiles of all images of a record. Raises `RecordError` when images are not those of the index."""
     if len(record.images) != len(plans):
         raise RecordError(f"{len(record.images)} images, its index says {len(plans)}; make the source again")
     tiles = [np.zeros((0, tiling.tile_size, tiling.tile_size, 3), np.uint8)]
     for image, plan in zip(record.images, plans, strict=True):
-        rgb = decode_image(image)
+        rgb = decode(image)
         if rgb.shape[:2] != (plan.source_height, plan.source_width):
             raise RecordError(
                 f"an image of {rgb.shape[:2]} pixels, its index says {(plan.source_height, plan.source_width)}; make the source again"

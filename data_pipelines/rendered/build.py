@@ -71,7 +71,7 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "demo": Size(captions=12_000, questions=8_000, text=2_000, heldout_captions=200, heldout_questions=300),
+    "demo": Size(captions=16_000, questions=8_000, text=2_000, heldout_captions=200, heldout_questions=300),
     "test": Size(captions=300, questions=200, text=50, heldout_captions=10, heldout_questions=20),
 }
 

@@ -10,13 +10,16 @@ from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 
 LICENCE = f"Apache-2.0; handwritten digits {digits.LICENCE}"
 
+_TURNS = ("digits", "scenes") * 3 + ("digits", "charts", "digits", "documents")
+"""Half digits: what a cell of the picture shows is learned from them first."""
+
 _PROMPTS = ("Describe the picture.", "What do you see?", "Write a caption.")
 
 
 def caption_record(split: str, index: int) -> Record:
-    """The caption record with a number; the four generators take turns."""
+    """The caption record with a number; the generators take turns as `_TURNS` says."""
     rng = item_random(split, "captions", index)
-    kind = tuple(TASKS)[index % len(TASKS)]
+    kind = _TURNS[index % len(_TURNS)]
     picture = TASKS[kind].draw(rng, split)
     turns = (Turn("user", f"{IMAGE_SLOT}{rng.choice(_PROMPTS)}"), Turn("assistant", picture.caption))
     metadata = {"kind": kind, "level": 1, "answer": picture.caption, "scale": picture.scale}

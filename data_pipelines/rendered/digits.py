@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data_pipelines.rendered.pictures import (
+    CELL,
     COLOURS,
     HELD_OUT,
     PAPERS,
@@ -30,10 +31,9 @@ from data_pipelines.rendered.pictures import (
 
 LICENCE = "CC-BY-4.0 (UCI Optical Recognition of Handwritten Digits)"
 
-_CELL = 16
+_INKS = ("black", "black", "blue", "red")
 _HELD_OUT_ONE_IN = 5
 _FIELDS = ("room", "seat", "desk", "gate", "line")
-_WHITE_INK, _DARK_PAPER = (245, 245, 245), (40, 44, 52)
 _ORDER = {"first": 0, "last": -1}
 
 
@@ -55,9 +55,9 @@ class _Sheet:
 
     def __init__(self, rng: random.Random, split: str, frame: Frame) -> None:
         self._rng, self._scans = rng, scans(split)
-        self.ink_name = rng.choice(list(COLOURS)) if rng.random() < 0.9 else None
-        paper = rng.choice(PAPERS) if self.ink_name else _DARK_PAPER
-        self.ink = vary(COLOURS[self.ink_name], rng) if self.ink_name else _WHITE_INK
+        self.ink_name = rng.choice(_INKS)
+        paper = rng.choice(PAPERS)
+        self.ink = vary(COLOURS[self.ink_name], rng)
         self.canvas = Canvas(frame, paper)
 
     def write(self, digit: int, x: float, y: float, size: float) -> None:
@@ -68,11 +68,11 @@ class _Sheet:
 
     def questions(self) -> tuple[Question, ...]:
         """What can be asked about any sheet."""
-        return (Question("ink", "What colour is the ink?", self.ink_name, 1, 0.4),) if self.ink_name else ()
+        return (Question("ink", "What colour is the ink?", self.ink_name, 1, 0.15),)
 
     def ink_phrase(self) -> str:
         """The ink as a caption names it."""
-        return f"{self.ink_name or 'white'} ink"
+        return f"{self.ink_name} ink"
 
 
 def draw(rng: random.Random, split: str) -> Picture:
@@ -87,31 +87,27 @@ def draw(rng: random.Random, split: str) -> Picture:
 
 
 def _single(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
-    """One digit: filling the picture or, in large ones, sometimes small on a cell of the grid."""
+    """One digit on a cell of the grid, or, where there is room, on four."""
     frame, digit = sheet.canvas.frame, rng.randrange(10)
-    short = min(frame.width, frame.height)
-    small = short >= 96 and rng.random() < 0.5
-    size = rng.choice((32, 48)) if small else short * rng.uniform(0.6, 0.98)
-    step = _CELL if small else 1
-    x, y = (step * (rng.randint(0, int(side - size)) // step) for side in (frame.width, frame.height))
+    size = CELL * (2 if rng.random() < 0.25 else 1)
+    x, y = (CELL * rng.randint(0, (side - size) // CELL) for side in (frame.width, frame.height))
     sheet.write(digit, x, y, size)
     text = rng.choice(("Which digit is this?", "What digit do you see?"))
     return f"The digit {digit} in {sheet.ink_phrase()}.", [Question("which", text, str(digit), 1)]
 
 
 def _strip(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
-    """Digits in a row, or in a column where the picture is tall, aligned to the cells of the visual tokens when they are small."""
+    """Digits on neighbouring cells in a row, or in a column where the picture is tall."""
     frame = sheet.canvas.frame
     across = frame.width >= frame.height
     long, short = max(frame.width, frame.height), min(frame.width, frame.height)
-    count = rng.randint(2, min(5, long // _CELL))
-    cell = _CELL * max(1, min(3, short // _CELL, long // (count * _CELL)) - rng.choice((0, 0, 1)))
-    start = _CELL * (rng.randint(0, long - count * cell) // _CELL) if rng.random() < 0.4 else 0
-    side = _CELL * (rng.randint(0, short - cell) // _CELL)
+    count = rng.randint(2, min(5, long // CELL))
+    start = CELL * rng.randint(0, long // CELL - count)
+    side = CELL * rng.randint(0, short // CELL - 1)
     digits = [rng.randrange(10) for _ in range(count)]
     for position, digit in enumerate(digits):
-        along = start + position * cell
-        sheet.write(digit, *((along, side) if across else (side, along)), cell)
+        along = start + position * CELL
+        sheet.write(digit, *((along, side) if across else (side, along)), CELL)
     written = "".join(map(str, digits))
     return f"{plural(count, 'digit')} in {sheet.ink_phrase()}: {written}.", _strip_questions(rng, digits)
 
@@ -132,14 +128,14 @@ def _strip_questions(rng: random.Random, digits: list[int]) -> list[Question]:
 def _form(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
     """Rows of a printed label and one or two handwritten digits."""
     frame = sheet.canvas.frame
-    cell = 2 * _CELL if frame.height >= 96 and frame.width >= 128 else _CELL
+    cell = CELL
     count = rng.randint(1, min(3, frame.height // cell))
     labels = rng.sample(_FIELDS, count)
-    label_size = 0.75 * cell if cell == _CELL else 0.55 * cell
-    column = _CELL * -(
-        -int(max(sheet.canvas.text_width(f"{label}:", "Sans", label_size) for label in labels) + 4) // _CELL
+    label_size = 0.75 * cell if cell == CELL else 0.55 * cell
+    column = CELL * -(
+        -int(max(sheet.canvas.text_width(f"{label}:", "Sans", label_size) for label in labels) + 4) // CELL
     )
-    pitch = _CELL * max(cell // _CELL, frame.height // count // _CELL)
+    pitch = CELL * max(cell // CELL, frame.height // count // CELL)
     facts = []
     for row, label in enumerate(labels):
         digits = [rng.randrange(10) for _ in range(rng.randint(1, 2))]

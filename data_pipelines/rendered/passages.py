@@ -1,6 +1,6 @@
 """Short English passages for rendered documents and text samples: public-domain classics, and sentences of our own.
 
-All classics were published before 1925; a few are shortened by some words. A passage belongs to one split only.
+All classics were published before 1902, and their authors and translators died before 1947; a few are shortened by some words. A passage belongs to one split only.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _CLASSICS = (
     # Edgar Allan Poe, The Raven, 1845
     "Once upon a midnight dreary, while I pondered, weak and weary, over many a quaint and curious volume of forgotten lore, while I nodded, nearly napping, suddenly there came a tapping, "
     "as of some one gently rapping, rapping at my chamber door.",
-    # William Wordsworth, I Wandered Lonely as a Cloud, 1807
+    # William Wordsworth, I Wandered Lonely as a Cloud, text of 1815
     "I wandered lonely as a cloud that floats on high o'er vales and hills, when all at once I saw a crowd, a host, of golden daffodils; beside the lake, beneath the trees, fluttering and dancing in the breeze.",
-    # Robert Frost, The Road Not Taken, 1916
-    "Two roads diverged in a yellow wood, and sorry I could not travel both and be one traveler, long I stood and looked down one as far as I could to where it bent in the undergrowth.",
-    # J. M. Barrie, Peter and Wendy, 1911
-    "All children, except one, grow up. They soon know that they will grow up, and the way Wendy knew was this. One day when she was two years old she was playing in a garden, and she plucked another flower and ran with it to her mother.",
+    # Robert Louis Stevenson, Bed in Summer, 1885
+    "In winter I get up at night and dress by yellow candle-light. In summer, quite the other way, I have to go to bed by day. I have to go to bed and see the birds still hopping on the tree.",
+    # Mark Twain, The Adventures of Tom Sawyer, 1876
+    "Tom appeared on the sidewalk with a bucket of whitewash and a long-handled brush. He surveyed the fence, and all gladness left him and a deep melancholy settled down upon his spirit. Thirty yards of board fence nine feet high.",
     # Emily Dickinson, 1890
     "Because I could not stop for Death, he kindly stopped for me; the carriage held but just ourselves and immortality.",
     # William Blake, Songs of Experience, 1794

@@ -9,6 +9,7 @@ import random
 from PIL import Image
 
 from data_pipelines.rendered.pictures import (
+    CELL,
     COLOURS,
     PAPERS,
     Canvas,
@@ -17,7 +18,6 @@ from data_pipelines.rendered.pictures import (
     Picture,
     Question,
     choose_frame,
-    distinct_colours,
     encode_picture,
     listing,
     plural,
@@ -25,6 +25,8 @@ from data_pipelines.rendered.pictures import (
 )
 
 LICENCE = "Apache-2.0"
+
+PAINTS = ("red", "green", "blue", "black")
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 _CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -73,14 +75,21 @@ class _Stage:
         """A soft shadow that deepens towards the bottom."""
         size = self.canvas.image.size
         self.canvas.image.paste(
-            colour, (0, 0), Image.linear_gradient("L").point([level // 2 for level in range(256)]).resize(size)
+            colour, (0, 0), Image.linear_gradient("L").point([level // 4 for level in range(256)]).resize(size)
         )
 
+    @property
+    def cells(self) -> int:
+        """Cells of the visual tokens that lie in the picture."""
+        return (self.frame.width // CELL) * (self.frame.height // CELL)
+
     def place(self, thing: _Thing, x: float, y: float, width: float, height: float) -> None:
-        """Draws a thing somewhere in a box that it mostly fills."""
-        radius = min(width, height) * self.rng.uniform(0.34, 0.46)
-        centre_x = self.rng.uniform(x + radius, x + width - radius)
-        centre_y = self.rng.uniform(y + radius, y + height - radius)
+        """Draws a thing on a cell of the visual tokens in a box, or, where there is room, sometimes on four."""
+        size = CELL * (2 if min(width, height) >= 2 * CELL and self.rng.random() < 0.25 else 1)
+        left, top = (_aligned(self.rng, start, side, size) for start, side in ((x, width), (y, height)))
+        self._draw(thing, left + size / 2, top + size / 2, size * self.rng.uniform(0.38, 0.47))
+
+    def _draw(self, thing: _Thing, centre_x: float, centre_y: float, radius: float) -> None:
         fill = vary(COLOURS[thing.colour], self.rng)
         if thing.shape in _POLYGONS:
             points = [(centre_x + radius * px, centre_y + radius * py) for px, py in _POLYGONS[thing.shape]]
@@ -91,16 +100,16 @@ class _Stage:
         self.canvas.draw.ellipse(box, None if ring else fill, fill, self.canvas.pixels(radius * 0.36))
 
     def scatter(self, things: list[_Thing]) -> None:
-        """Puts things into different cells of a grid that has room for them, larger or smaller."""
-        area = self.frame.width * self.frame.height
-        cell = min(self.frame.width, self.frame.height, math.sqrt(area / len(things)))
-        while (self.frame.width // cell) * (self.frame.height // cell) < len(things):
-            cell *= 0.95
-        cell = max(min(cell, 16), cell * self.rng.choice((0.6, 0.8, 1.0)))
-        columns, rows = int(self.frame.width // cell), int(self.frame.height // cell)
-        width, height = self.frame.width / columns, self.frame.height / rows
-        for thing, place in zip(things, self.rng.sample(range(rows * columns), len(things)), strict=True):
-            self.place(thing, place % columns * width, place // columns * height, width, height)
+        """Puts things on different cells of the visual tokens."""
+        columns = self.frame.width // CELL
+        for thing, place in zip(things, self.rng.sample(range(self.cells), len(things)), strict=True):
+            self.place(thing, place % columns * CELL, place // columns * CELL, CELL, CELL)
+
+
+def _aligned(rng: random.Random, start: float, side: float, size: int) -> int:
+    """A multiple of the cell's side from which `size` units end before `start + side`; at or after `start` where one is."""
+    last = int((start + side - size) // CELL)
+    return CELL * rng.randint(min(math.ceil(start / CELL), last), last)
 
 
 def draw(rng: random.Random, split: str) -> Picture:
@@ -118,7 +127,7 @@ def _things(rng: random.Random, count: int) -> list[_Thing]:
     """Things that differ in shape and in colour."""
     return [
         _Thing(shape, colour)
-        for shape, colour in zip(rng.sample(SHAPES, count), distinct_colours(rng, count), strict=True)
+        for shape, colour in zip(rng.sample(SHAPES, count), rng.sample(PAINTS, count), strict=True)
     ]
 
 
@@ -130,7 +139,7 @@ def _single(stage: _Stage) -> tuple[str, list[Question]]:
     colour_text = stage.rng.choice(("What colour is the shape?", "Which colour do you see?"))
     return thing.phrase, [
         Question("shape", shape_text, thing.shape, 1),
-        Question("colour", colour_text, thing.colour, 1),
+        Question("colour", colour_text, thing.colour, 1, 0.3),
     ]
 
 
@@ -152,8 +161,8 @@ def _pair(stage: _Stage) -> tuple[str, list[Question]]:
     subject, other, answer = (first, second, relation) if stage.rng.random() < 0.5 else (second, first, opposite)
     choice = "left or right of" if across else "above or below"
     questions = [
-        Question("colour_of", f"What colour is the {subject.shape}?", subject.colour, 1, 1.0),
-        Question("shape_of", f"What shape is {subject.colour}?", subject.shape, 1, 0.7),
+        Question("colour_of", f"What colour is the {subject.shape}?", subject.colour, 1, 0.3),
+        Question("shape_of", f"What shape is {subject.colour}?", subject.shape, 1, 1.0),
         Question("side", f"Is the {subject.shape} {choice} the {other.shape}?", answer.removesuffix(" of"), 2, 0.5),
     ]
     return f"{first.phrase} {relation} {second.phrase}", questions
@@ -161,7 +170,7 @@ def _pair(stage: _Stage) -> tuple[str, list[Question]]:
 
 def _group(stage: _Stage) -> tuple[str, list[Question]]:
     """One to six things of one kind."""
-    thing, count = _things(stage.rng, 1)[0], stage.rng.randint(1, 6)
+    thing, count = _things(stage.rng, 1)[0], stage.rng.randint(1, min(6, stage.cells))
     stage.scatter([thing] * count)
     text = stage.rng.choice(("How many shapes are there?", "Count the shapes."))
     questions = [
@@ -181,7 +190,7 @@ def _corners(stage: _Stage) -> tuple[str, list[Question]]:
     questions = [
         Question("corner_shape", f"What shape is in the {_CORNERS[corner]}?", things[corner].shape, 2, 1.0),
         Question(
-            "corner_colour", f"What colour is the shape in the {_CORNERS[corner]}?", things[corner].colour, 2, 1.0
+            "corner_colour", f"What colour is the shape in the {_CORNERS[corner]}?", things[corner].colour, 2, 0.3
         ),
     ]
     return listing([f"{thing.phrase} in the {name}" for thing, name in zip(things, _CORNERS, strict=True)]), questions
@@ -190,7 +199,7 @@ def _corners(stage: _Stage) -> tuple[str, list[Question]]:
 def _crowd(stage: _Stage) -> tuple[str, list[Question]]:
     """Two kinds of things, one to four of each."""
     kinds = _things(stage.rng, 2)
-    counts = [stage.rng.randint(1, 4) for _ in kinds]
+    counts = [stage.rng.randint(1, min(4, stage.cells // 2)) for _ in kinds]
     stage.scatter([thing for thing, count in zip(kinds, counts, strict=True) for _ in range(count)])
     asked = stage.rng.randrange(2)
     questions = [

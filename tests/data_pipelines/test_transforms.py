@@ -1,3 +1,4 @@
+import functools
 import itertools
 import pathlib
 import shutil
@@ -107,6 +108,17 @@ def test_alpha_scales_the_pixels(source: Source) -> None:
     assert not failures
     assert s.tokens < source.cost(1, 1000, TILING)[0]
     np.testing.assert_array_equal(row.tiles[: s.tiles], np.concatenate(expected))
+
+
+def test_a_decoder_that_remembers_changes_no_bit(source: Source) -> None:
+    remembering = functools.lru_cache(decode_image)
+    samples = [drawn(source, record, alpha=alpha) for alpha in (300, 1000) for record in (0, 1)]
+    plain, _ = filled([source], samples)
+    row = Batch(*(field[0] for field in empty_batch(SHAPE, TILING.tile_size)))
+    assert not fill_row(row, samples, [source], tokenizer(), TILING, remembering)
+    for name, expected in plain._asdict().items():
+        np.testing.assert_array_equal(getattr(row, name), expected, err_msg=name)
+    assert remembering.cache_info().misses == 3
 
 
 def test_a_broken_image_leaves_padding_and_the_rest_of_the_row(source: Source, tmp_path: pathlib.Path) -> None:
