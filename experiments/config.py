@@ -24,7 +24,8 @@ RANDOM = "random"
 """What `initialize_from` says where parameters are to be made from the seed."""
 
 EXPECTED_FILL = 0.97
-"""Share of a packed batch's positions that are not padding, as our packer reaches on mixed lengths; our planning figure."""
+"""Our planning assumption: the share of a batch's positions that are not padding. Where tile slots run out before positions it is
+less. A run with a token budget compares it with what it sees, and warns when its schedules would end elsewhere than its budget."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,8 @@ class ExperimentConfig:
     tokenizer: str = ""
 
     def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        require(plain, f"name {self.name!r} must be a plain directory name; say with --workdir where the run lies")
         require(0 <= self.seed < 2**31, f"seed {self.seed} must lie in 0..2**31-1")
         self.batch.validate_with(self.architecture.tiling)
         _check_rows(self)
@@ -148,13 +151,29 @@ def steps_for(token_budget: float, batch: BatchShape) -> int:
 
 
 def _check_rows(config: ExperimentConfig) -> None:
-    """Rows split evenly over micro-batches and over the mesh sizes that are given; the rest is checked on the devices."""
+    """Rows and positions split evenly over micro-batches and the mesh sizes that are given; the rest is checked on the devices."""
     mesh, accumulation = config.mesh, config.objective.accumulation
     ways = math.prod(size for size in (mesh.slice, mesh.data, mesh.fsdp) if size > 0)
     require(
         config.batch.rows % (accumulation * ways) == 0,
         f"batch.rows {config.batch.rows} cannot be split into objective.accumulation {accumulation} micro-batches over {ways} row shards of "
-        f"the mesh; make rows a multiple of {accumulation * ways}",
+        f"the mesh; make rows a multiple of {accumulation * ways}, or let chips share rows with mesh.context or mesh.tensor",
+    )
+    if mesh.context > 1:
+        _check_context(config, config.batch.rows // (accumulation * ways) if mesh.fsdp > 0 else 1)
+
+
+def _check_context(config: ExperimentConfig, rows: int) -> None:
+    """Positions and tiles of `rows` rows, which share a group of chips, split evenly over `mesh.context`."""
+    context, tiles = config.mesh.context, min(config.runtime.tile_chunk, config.batch.tiles)
+    require(
+        config.batch.length % context == 0,
+        f"batch.length {config.batch.length} cannot be split over mesh.context {context}; make it a divisor",
+    )
+    require(
+        rows * tiles % context == 0,
+        f"the {rows * tiles} tiles that {rows} rows encode together cannot be split over mesh.context {context}; make "
+        f"runtime.tile_chunk {config.runtime.tile_chunk} a multiple of it",
     )
 
 

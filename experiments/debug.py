@@ -7,7 +7,12 @@ rematerialisation, worker processes, spike rule.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import math
+import pathlib
+from collections.abc import Sequence
+
+import ml_collections
 
 from data_pipelines.config import DataConfig, SourceShare
 from data_pipelines.rendered.build import VOCAB_SIZE, build
@@ -36,13 +41,19 @@ def shrink(config: ExperimentConfig) -> ExperimentConfig:
         heldout=HeldoutConfig(batches=min(config.heldout.batches, 1), left_out=("text",)),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, STEPS // 6)),
         objective=dataclasses.replace(
-            config.objective, loss_chunk=128, accumulation=math.gcd(config.objective.accumulation, batch.rows)
+            config.objective, loss_chunk_tokens=256, accumulation=math.gcd(config.objective.accumulation, batch.rows)
         ),
         loop=dataclasses.replace(config.loop, steps=STEPS, token_budget=0, log_every=4, evaluate_every=STEPS // 2),
         checkpoint=dataclasses.replace(config.checkpoint, every=STEPS // 3, keep_period=0),
         initialize_from=InitializeConfig(vision_base=RANDOM, vision_large=RANDOM, llm=RANDOM),
         tokenizer="",
     )
+
+
+def fit_warmup(config: ml_collections.ConfigDict, given: Sequence[tuple[str, str]]) -> None:
+    """Shortens the warm-up to fit the steps that the user asked for, unless he set it himself. `given`: overrides as (path, text)."""
+    if "optimizer.warmup_steps" not in dict(given):
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.loop.steps // 6)
 
 
 def _small_architecture(architecture: HyperVLConfig) -> HyperVLConfig:
@@ -67,10 +78,15 @@ def _embedded_data(data: DataConfig) -> DataConfig:
 def make_data(config: ExperimentConfig) -> bool:
     """Makes the embedded data at its smallest size where the configuration looks for it; says whether it had to.
 
+    Of several processes that see the directory, one makes it and the others wait.
+
     Raises:
         BuildError: the directory holds something else.
     """
     if not missing_sources(config):
         return False
-    build(config.data.root, size="test")
-    return True
+    root = pathlib.Path(config.data.root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_name(f"{root.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return not build(root, size="test").already_complete

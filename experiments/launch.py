@@ -7,6 +7,8 @@ import difflib
 import os
 import pathlib
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,12 @@ from experiments.named import config_names, config_summary
 
 if TYPE_CHECKING:
     from experiments.config import ExperimentConfig
+    from hypervl_jax.planning.chips import Topology
+    from hypervl_jax.training.telemetry.monitor import MonitorConfig
 
 OVERRIDE = "--config."
+COMPILATION_CACHE, NO_CACHE = "compilation_cache", "off"
+HANG_SECONDS = 600.0
 USAGE_ERROR, RUN_ERROR, SUCCESS = 2, 1, 0
 
 _DESCRIPTION = """\
@@ -31,6 +37,7 @@ overrides:
     --config.optimizer.frozen=decoder,vision_base   a list; an empty value is an empty list
     --config.data.mixture=captions:3,text:1         sources and their shares of the tokens
     --config.architecture.decoder=qwen3-0.6b        a named size; single fields can follow it
+    --config.mesh=fsdp:64,tensor:4                  a mesh by its sizes, or by name (tensor4); also single fields
 """
 
 _EPILOG = """\
@@ -46,19 +53,37 @@ examples:
 
 resuming:
   Start the same command again. Keys that do not change what a step computes (mesh, runtime, checkpoint, heldout, accumulation,
-  workers, token_budget) may differ; others are refused unless --accept-changes is given. SIGTERM saves and ends the run.
+  workers, token_budget) may differ; others, another tokenizer and other data are refused unless --accept-changes is given.
+  SIGTERM saves and ends the run.
+
+watching (files in the workdir; nothing of it changes what the run computes):
+  metrics.jsonl       each step: losses by branch, gradient norms by part; at log boundaries parameter norms and tokens by source
+  performance.jsonl   each log window: tokens and tiles per second and chip, MFU, data wait, device memory, goodput, epochs by source
+  goodput.json        seconds of start, compile, data wait, step, checkpoint, evaluation and lost work, over all starts
+  stacks-N.txt        what all threads of process N did when it hung;  profile/  XProf traces;  tensorboard/
 
 environment:
   JAX_PLATFORMS=cpu        run on the CPU
-  On Cloud TPU and under Slurm every process is started with the same command and finds the others by itself.
+  JAX_COMPILATION_CACHE_DIR=DIR   where compiled programs are kept, if --compilation-cache does not say
+  On Cloud TPU, GKE (JobSet, xpk) and under Slurm (srun) every process is started with the same command and finds the others.
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID   elsewhere, instead of the three flags
+  HYPERVL_HEARTBEAT_TIMEOUT=100   seconds after which a silent process counts as lost and the others end
+  HYPERVL_START_TIMEOUT=600       seconds in which all processes must have come
 
 exit status:
   0  complete, or saved after a preemption    1  the run stopped with an error    2  it could not start as asked
+  134 (SIGABRT)  another process of the run was lost; the last line says which
 """
 
 
 class LaunchError(Exception):
     """What was asked for cannot be started; the message says why and what to do."""
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +106,38 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a built-in small size on embedded data (made if missing), a few dozen steps",
     )
+    add(
+        "--hardware",
+        metavar="NAME",
+        help="mesh, accumulation, rematerialisation for v5e-256, 2xv5e-256, ... (default: for the TPUs found; none: as configured)",
+    )
     add("--print", action="store_true", help="print the configuration with all overrides and stop")
-    add("--accept-changes", action="store_true", help="resume although keys changed that change what a step computes")
-    add("--devices", type=int, metavar="N", help="split the CPU into N devices, to try a mesh without accelerators")
+    add(
+        "--accept-changes",
+        action="store_true",
+        help="resume although keys or data changed that change what a step computes",
+    )
+    add("--profile-steps", metavar="FIRST:END", help="trace the steps FIRST to END-1 for XProf into WORKDIR/profile")
+    add(
+        "--compilation-cache",
+        metavar="DIR",
+        help=f"keep compiled programs here, so that the next start need not compile; {NO_CACHE}: keep none "
+        f"(default: $JAX_COMPILATION_CACHE_DIR, else WORKDIR/{COMPILATION_CACHE})",
+    )
+    add(
+        "--hang-seconds",
+        type=float,
+        default=HANG_SECONDS,
+        metavar="N",
+        help="write down the stacks of all threads when a step takes longer than this, or anything else (compilation, "
+        "checkpoint, evaluation) ten times as long; 0: never (default: %(default)g)",
+    )
+    add(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="split the CPU into N devices, to try a mesh without accelerators",
+    )
     add(
         "--coordinator",
         metavar="HOST:PORT",
@@ -94,9 +148,14 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """Options, and overrides as (path, text) in their order. Ends the program with status 2 on anything else."""
-    command_line = parser()
+def parse(
+    arguments: Sequence[str], command_line: argparse.ArgumentParser | None = None
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Options of `command_line` (`parser()` when None), and overrides as (path, text) in their order.
+
+    Ends the program with status 2 on anything else.
+    """
+    command_line = command_line or parser()
     options, rest = command_line.parse_known_args(arguments)
     overrides, words = [], iter(rest)
     for word in words:
@@ -111,22 +170,32 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str,
     return options, overrides
 
 
-def resolve(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
-    """The typed configuration: named, then made small by --debug, then --data, then overrides in their order.
+def resolve(
+    options: argparse.Namespace, overrides: Sequence[tuple[str, str]], found: Topology | None = None
+) -> ExperimentConfig:
+    """The typed configuration: named, then made small by --debug, then laid out for --hardware or else for the topology that
+    was found, then --data, then overrides in their order.
 
     Raises:
         ConfigError: an unknown name or key, a value of the wrong type, or a combination that cannot work.
     """
+    from experiments import hardware
     from experiments import overrides as typed
     from experiments.config import ExperimentConfig
-    from experiments.debug import shrink
+    from experiments.debug import fit_warmup, shrink
     from experiments.named import load_config
 
     config = load_config(options.config)
     if options.debug:
         config = typed.to_config_dict(shrink(typed.from_config_dict(ExperimentConfig, config)))
-    for path, text in [("data.root", options.data)] * bool(options.data) + list(overrides):
+    given = [("data.root", options.data)] * bool(options.data) + list(overrides)
+    for path, text in given:
         typed.apply_override(config, ExperimentConfig, path, text)
+    if options.debug:
+        fit_warmup(config, given)
+    topology = hardware.chosen(options.hardware, found)
+    if topology is not None:
+        hardware.modify(config, topology, given)
     return typed.from_config_dict(ExperimentConfig, config)
 
 
@@ -136,34 +205,69 @@ def prepare(config: ExperimentConfig, workdir: pathlib.Path, options: argparse.N
     Raises:
         ConfigError: the workdir belongs to a run with another configuration.
         BuildError: --debug could not make its data.
-        LaunchError: something that the run needs is missing.
+        LaunchError: something that the run needs is missing, or is not what its checkpoints were trained with.
+        OSError: the workdir cannot be written.
     """
-    from experiments import debug, preflight
+    from experiments import debug, preflight, storage
     from experiments import workdir as workdirs
 
     if not options.accept_changes:
         workdirs.check_same_run(workdir, config)
     if workdirs.is_complete(workdir, config):
         return False
-    if options.debug and not options.coordinator and debug.make_data(config):
+    if options.debug and debug.make_data(config):
         print(f"made the embedded data in {config.data.root}", file=sys.stderr)
-    problems = preflight.find_problems(config, resuming=workdirs.last_step(workdir) is not None)
+    resuming = workdirs.last_step(workdir) is not None
+    problems = preflight.find_problems(config, resuming)
+    if resuming and not problems and not options.accept_changes:
+        problems = preflight.changed_inputs(config, workdir)
     if problems:
         raise LaunchError("\n".join([f"{config.name} cannot start:", *problems]))
+    storage.make_writable(workdir)
     return True
 
 
-def start(config: ExperimentConfig, workdir: pathlib.Path, options: argparse.Namespace) -> int:
-    """Joins the processes, trains, says how it ended; returns the exit status."""
+def monitoring(options: argparse.Namespace, started: float) -> MonitorConfig:
+    """How the run is watched. Raises `ConfigError` on steps that are no range and on a negative time."""
+    from hypervl_jax.training.telemetry.monitor import MonitorConfig
+    from hypervl_jax.training.telemetry.profiling import parse_steps
+
+    steps = parse_steps(options.profile_steps) if options.profile_steps else None
+    return MonitorConfig(started, steps, options.hang_seconds)
+
+
+def keep_compiled(choice: str | None, workdir: pathlib.Path) -> None:
+    """Sets JAX's cache of compiled programs: `choice`, else what the environment says, else a directory in the workdir."""
     import jax
 
+    directory = choice or jax.config.jax_compilation_cache_dir or os.fspath(workdir.absolute() / COMPILATION_CACHE)
+    jax.config.update("jax_compilation_cache_dir", None if choice == NO_CACHE else directory)
+
+
+def start(
+    workdir: pathlib.Path,
+    options: argparse.Namespace,
+    overrides: Sequence[tuple[str, str]],
+    watched: MonitorConfig,
+) -> int:
+    """Joins the processes, lays the configuration out on the devices, trains, says how it ended; returns the exit status."""
+    import jax
+
+    from experiments import hardware
     from experiments.distributed import start_processes
-    from experiments.run import run_experiment, say
+    from experiments.run import run_experiment, say, shown_log
 
     if options.devices is not None:
         jax.config.update("jax_num_cpu_devices", options.devices)
+    # JAX decides on its cache at the first program, and joining the processes compiles one.
+    keep_compiled(options.compilation_cache, workdir)
     start_processes(options.coordinator, options.process_id, options.num_processes)
-    outcome = run_experiment(config, workdir)
+    found = hardware.live_topology(jax.devices())
+    config, topology = resolve(options, overrides, found), hardware.chosen(options.hardware, found)
+    if topology is not None:
+        say(hardware.describe(config, topology))
+    with shown_log():
+        outcome = run_experiment(config, workdir, watched)
     tokens = sum(outcome.tokens.values())
     say(f"{outcome.status} at step {outcome.step} with {tokens:,} tokens: {workdir}")
     return SUCCESS
@@ -171,8 +275,10 @@ def start(config: ExperimentConfig, workdir: pathlib.Path, options: argparse.Nam
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    started = time.monotonic()
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     from data_pipelines.rendered.build import BuildError
+    from experiments import storage
     from experiments.overrides import config_text
     from hypervl_jax.architecture import ConfigError
 
@@ -182,19 +288,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print:
             print(config_text(config), end="")
             return SUCCESS
-        if not prepare(config, workdir, options):
+        watched = monitoring(options, started)
+        with storage.explained():
+            unfinished = prepare(config, workdir, options)
+        if not unfinished:
             print(f"{config.name} is complete: {os.fspath(workdir)}", file=sys.stderr)
             return SUCCESS
-    except (ConfigError, BuildError, LaunchError) as error:
+    except (ConfigError, BuildError, LaunchError, storage.StorageError) as error:
         return _fail(error, USAGE_ERROR)
-    return _guarded_start(config, workdir, options)
+    return _guarded_start(workdir, options, overrides, watched)
 
 
-def _guarded_start(config: ExperimentConfig, workdir: pathlib.Path, options: argparse.Namespace) -> int:
-    """`start`, with the errors that explain themselves printed without a stack."""
+def _guarded_start(
+    workdir: pathlib.Path,
+    options: argparse.Namespace,
+    overrides: Sequence[tuple[str, str]],
+    watched: MonitorConfig,
+) -> int:
+    """`start`, with the errors that explain themselves printed without a stack. Among other processes a failed one exits here."""
     from data_pipelines.lanes import SourceFailed
     from data_pipelines.records import RecordError
     from data_pipelines.workers import WorkerDied
+    from experiments import distributed, storage
     from hypervl_jax.architecture import ConfigError
     from hypervl_jax.training.checkpoint import CheckpointError
     from hypervl_jax.training.loop import TrainingStopped
@@ -205,13 +320,21 @@ def _guarded_start(config: ExperimentConfig, workdir: pathlib.Path, options: arg
         WorkerDied,
         CheckpointError,
         TrainingStopped,
+        storage.StorageError,
     )
     try:
-        return start(config, workdir, options)
+        with storage.explained():
+            return start(workdir, options, overrides, watched)
     except ConfigError as error:
-        return _fail(error, USAGE_ERROR)
+        return distributed.leave(_fail(error, USAGE_ERROR))
     except explained as error:
-        return _fail(error, RUN_ERROR)
+        return distributed.leave(_fail(error, RUN_ERROR))
+    except Exception as error:
+        if not distributed.among_others():
+            raise
+        traceback.print_exc()
+        distributed.await_verdict(error)
+        return distributed.leave(RUN_ERROR)
 
 
 def _fail(error: Exception, status: int) -> int:

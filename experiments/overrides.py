@@ -26,6 +26,7 @@ from hypervl_jax.architecture import (
     qwen3,
     siglip2,
 )
+from hypervl_jax.partitioning import MeshConfig, parse_mesh
 
 Config = TypeVar("Config")
 
@@ -46,8 +47,10 @@ NAMED_SIZES: Mapping[type, Callable[[str], Any]] = {
     HyperVLConfig: whole_model,
     VisionConfig: siglip2,
     DecoderConfig: qwen3,
+    MeshConfig: parse_mesh,
 }
-"""Sections that can be set as a whole by the name of a size: `--config.architecture.decoder=qwen3-0.6b`."""
+"""Sections that can be set as a whole by a name, a mesh also by its sizes: `--config.architecture.decoder=qwen3-0.6b`,
+`--config.mesh=fsdp:64,tensor:4`."""
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

@@ -6,12 +6,19 @@ import dataclasses
 import pathlib
 
 from data_pipelines.config import DataConfig
-from data_pipelines.lanes import source_directories
+from data_pipelines.lanes import manifest_hashes, source_directories
 from data_pipelines.records import MANIFEST
 from experiments.config import RANDOM, ExperimentConfig
 from experiments.public_sources import PUBLIC_SOURCES
+from hypervl_jax.models.safetensors_files import read_directory
 from hypervl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from hypervl_jax.training.checkpoint import CheckpointError, checkpoint_home, find_step, read_description
+from hypervl_jax.training.checkpoint import (
+    CheckpointError,
+    Description,
+    checkpoint_home,
+    find_step,
+    read_description,
+)
 
 COMPARED = ("vision_base", "vision_large", "projector", "decoder")
 """Sections of the architecture in which an earlier stage's parameters must agree with this one's."""
@@ -55,6 +62,32 @@ def find_problems(config: ExperimentConfig, resuming: bool) -> list[str]:
     problems = [data_problem(config), tokenizer_problem(config)]
     problems += [] if resuming else [initialise_problem(config), checkpoint_problem(config)]
     return [problem for problem in problems if problem]
+
+
+def changed_inputs(config: ExperimentConfig, workdir: pathlib.Path) -> list[str]:
+    """What a resumed run would read otherwise than its checkpoints did: tokenizer, chat template, training data.
+
+    The place of the data may change, its content not: a saved data position only says how far each source was read.
+    """
+    home = checkpoint_home(workdir)
+    try:
+        found = read_description(home)
+    except CheckpointError as error:
+        return [f"resuming: {error}"]
+    tokenizer, data = tokenizer_difference(config, found), data_difference(config, found)
+    return [f"resuming: {home} {problem}" for problem in (tokenizer, data) if problem]
+
+
+def data_difference(config: ExperimentConfig, earlier: Description) -> str:
+    """Sources whose content is not what the checkpoints were trained on."""
+    before = earlier.details.get("manifests", {})
+    changed = [name for name, sha in manifest_hashes(config.data).items() if before.get(name, sha) != sha]
+    if not changed:
+        return ""
+    return (
+        f"was trained on other data: the manifests of {', '.join(changed)} in {config.data.root} are not those it has read.\n"
+        "  Give its data with --data, choose another --workdir, or go on with the new data by --accept-changes."
+    )
 
 
 def data_problem(config: ExperimentConfig) -> str:
@@ -101,24 +134,53 @@ def initialise_problem(config: ExperimentConfig) -> str:
     if lines:
         lines.append("  or all at once from an earlier stage: --config.initialize_from.checkpoint=WORKDIR")
     given = {name: getattr(source, name) for name in source.single_parts}
-    absent = [name for name, path in given.items() if path not in ("", RANDOM) and not pathlib.Path(path).is_dir()]
-    lines += [f"  --config.initialize_from.{name}: there is no directory {given[name]}" for name in absent]
+    refused = {name: unreadable(path) for name, path in given.items() if path not in ("", RANDOM)}
+    lines += [f"  --config.initialize_from.{name}: {why}" for name, why in refused.items() if why]
     return "\n".join(["parameters: say where they come from:", *lines]) if lines else ""
 
 
+def unreadable(directory: str) -> str:
+    """Why a directory holds no checkpoint that we read; empty when it does. Whether it fits is seen when it is loaded."""
+    if not pathlib.Path(directory).is_dir():
+        return f"there is no directory {directory}"
+    try:
+        read_directory(directory)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def checkpoint_problem(config: ExperimentConfig) -> str:
-    """The earlier stage's checkpoint is missing, or of another architecture."""
+    """The earlier stage's checkpoint is missing, or of another architecture or tokenizer."""
     if not config.initialize_from.checkpoint:
         return ""
     home = checkpoint_home(config.initialize_from.checkpoint)
     try:
         find_step(home)
-        found = read_description(home).architecture
+        found = read_description(home)
     except CheckpointError as error:
         return f"parameters: --config.initialize_from.checkpoint: {error}"
-    wrong = [name for name in COMPARED if getattr(found, name) != getattr(config.architecture, name)]
+    problems = [architecture_difference(config, found), tokenizer_difference(config, found)]
+    return "\n".join(f"parameters: {home} {problem}" for problem in problems if problem)
+
+
+def architecture_difference(config: ExperimentConfig, earlier: Description) -> str:
+    """How an earlier stage's parts differ from this run's."""
+    wrong = [name for name in COMPARED if getattr(earlier.architecture, name) != getattr(config.architecture, name)]
+    return f"was trained with another architecture: {', '.join(wrong)} differ from this run's" if wrong else ""
+
+
+def tokenizer_difference(config: ExperimentConfig, earlier: Description) -> str:
+    """Checkpoints were trained with other ids or another chat template. A tokenizer that cannot be read has its own problem."""
+    try:
+        fingerprint = load_tokenizer(config.tokenizer_path).fingerprint
+    except TokenizerError:
+        return ""
+    before = earlier.details.get("tokenizer")
+    if before == fingerprint:
+        return ""
     return (
-        f"parameters: {home} was trained with another architecture: {', '.join(wrong)} differ from this run's"
-        if wrong
-        else ""
+        f"was trained with tokenizer and chat template {before!r}, {config.tokenizer_path} is {fingerprint!r}: "
+        "the ids and turns that it learned would mean something else.\n"
+        "  Make this run's data with its tokenizer, which lies in description/tokenizer beside the checkpoints."
     )

@@ -10,7 +10,7 @@ import jax
 
 from experiments.config import RANDOM, ExperimentConfig, InitializeConfig
 from hypervl_jax.architecture import BRANCHES, DECODER, PARTS, HyperVLConfig, vision_part
-from hypervl_jax.models.huggingface import load_decoder, load_vision
+from hypervl_jax.models.huggingface import LoadReport, load_decoder, load_vision
 from hypervl_jax.training.checkpoint import checkpoint_home, find_step, load_params
 from hypervl_jax.training.loop import PretrainedLoader
 
@@ -45,11 +45,17 @@ def load_published(
     params = {}
     for part in PARTS:
         directory = directories.get(part, RANDOM)
-        if directory == RANDOM:
-            say(f"{part}: random")
-            continue
-        load, config = readers[part]
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, targets[part])
-        params[part], report = load(directory, config, shardings)
-        say(f"{part}: {report.summary()}")
+        report = LoadReport.random(targets[part])
+        if directory != RANDOM:
+            load, config = readers[part]
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, targets[part])
+            params[part], report = load(directory, config, shardings)
+        say(f"{part}: {listing(report)}")
     return params
+
+
+def listing(report: LoadReport) -> str:
+    """A part's summary, then the name of every parameter by where it came from. Keys left out may be a whole text tower."""
+    paths = {kind: getattr(report, kind) for kind in ("resampled", "initialised", "taken")}
+    lines = [f"  {kind}: {' '.join(names)}" for kind, names in paths.items() if names]
+    return "\n".join([report.summary(), *lines])

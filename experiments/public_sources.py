@@ -1,7 +1,8 @@
 """Public data sets that the stages' mixtures name: what each is, and where it is published.
 
 A source's directory is called like its key here. Which records of it are used, and under which licence, is decided when it is
-brought into our record format.
+brought into our record format. "Addresses" are of images that are not part of the data set: they must be downloaded, and some are
+gone.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PUBLIC_SOURCES: Mapping[str, str] = {
-    "recap-datacomp": "web images with captions by a LLaVA model; Hugging Face data set UCSC-VLAA/Recap-DataComp-1B",
-    "kale": "web images with factual dense captions; Hugging Face data set Salesforce/blip3-kale",
-    "pixelprose": "web images with dense captions by Gemini; Hugging Face data set tomg-group-umd/pixelprose",
-    "blip3-ocr": "web images with their text and its places; Hugging Face data set Salesforce/blip3-ocr-200m",
-    "blip3-grounding": "web images with grounded captions; Hugging Face data set Salesforce/blip3-grounding-50m",
-    "pixmo-cap": "images with dense captions spoken by people; Hugging Face data set allenai/pixmo-cap",
+    "recap-datacomp": "addresses of web images with captions by a LLaVA model; Hugging Face data set UCSC-VLAA/Recap-DataComp-1B",
+    "kale": "addresses of web images with dense captions that keep the facts of the alt text; Hugging Face data set Salesforce/blip3-kale",
+    "pixelprose": "addresses of web images with dense captions by Gemini; Hugging Face data set tomg-group-umd/pixelprose",
+    "blip3-ocr": "addresses of web images with their text and its places; Hugging Face data set Salesforce/blip3-ocr-200m",
+    "blip3-grounding": "addresses of web images with captions and the boxes of what they name; Hugging Face data set Salesforce/blip3-grounding-50m",
+    "pixmo-cap": "addresses of images with dense captions made from what people said of them; Hugging Face data set allenai/pixmo-cap",
     "pixmo-docs": "synthetic charts, tables, diagrams and documents with questions; Hugging Face data set allenai/pixmo-docs",
-    "obelics": "web pages with images between their paragraphs; Hugging Face data set HuggingFaceM4/OBELICS",
+    "obelics": "texts of web pages with the addresses of the images between their paragraphs; Hugging Face data set HuggingFaceM4/OBELICS",
     "pdfa": "pages of English PDF files with their text; Hugging Face data set pixparse/pdfa-eng-wds",
     "idl": "scanned industry documents with their text; Hugging Face data set pixparse/idl-wds",
     "docmatix": "document pages with questions; Hugging Face data set HuggingFaceM4/Docmatix",

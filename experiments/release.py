@@ -14,7 +14,7 @@ from experiments.workdir import CHECKPOINTS, RELEASE, as_json
 from hypervl_jax.architecture import BRANCHES
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.loop import Outcome
-from hypervl_jax.training.telemetry import git_revision, write_json
+from hypervl_jax.training.telemetry.records import git_revision, write_json
 
 RELEASE_TEXT = "RELEASE.md"
 

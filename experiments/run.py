@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import pathlib
 import sys
 import tempfile
@@ -11,8 +13,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Int32
 
-from data_pipelines.lanes import LaneLoader, heldout_batches, source_names
+from data_pipelines.lanes import LaneLoader, heldout_batches, manifest_hashes, source_names
 from experiments import workdir as workdirs
 from experiments.config import ExperimentConfig
 from experiments.overrides import config_text
@@ -23,13 +26,33 @@ from hypervl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from hypervl_jax.training.batch import Batch
 from hypervl_jax.training.checkpoint import Description
 from hypervl_jax.training.loop import Outcome, Trainer
-from hypervl_jax.training.telemetry import write_run_record
+from hypervl_jax.training.telemetry.monitor import MonitorConfig
+from hypervl_jax.training.telemetry.records import write_run_record
 
 
 def say(text: str) -> None:
     """A line on standard error, from process 0 only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def shown_log() -> Iterator[None]:
+    """Inside, what `hypervl_jax` logs of its choices (level INFO, e.g. the attention kernel) is said as by `say`."""
+    logger, handler = logging.getLogger("hypervl_jax"), _Said()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def heldout_stream(config: ExperimentConfig, tokenizer: Tokenizer, lanes: tuple[int, ...]) -> Iterator[Batch]:
@@ -40,48 +63,66 @@ def heldout_stream(config: ExperimentConfig, tokenizer: Tokenizer, lanes: tuple[
             yield batch._replace(sources=np.full_like(batch.sources, number))
 
 
+def source_epochs(loader: LaneLoader, lane_states: Int32[np.ndarray, "b k"]) -> dict[str, float]:
+    """Passes over each source so far: samples drawn by these lanes, scaled to all lanes, over the records there are."""
+    all_lanes, sources = len(loader.mixture.phases), loader.mixture.sources
+    drawn = [counters.drawn for counters in loader.report(lane_states).values()]
+    records = [len(source) * len(lane_states) / all_lanes for source in sources]
+    return {source.name: count / size for source, count, size in zip(sources, drawn, records, strict=True)}
+
+
 def description(config: ExperimentConfig, tokenizer: Tokenizer, saved_tokenizer: pathlib.Path) -> Description:
     """What the run's checkpoints say of themselves."""
     details = {
         "config": workdirs.as_json(config),
         "sources": list(source_names(config.data)),
         "tokenizer": tokenizer.fingerprint,
+        "manifests": manifest_hashes(config.data),
     }
     return Description(config.architecture, details, epath.Path(saved_tokenizer))
 
 
-def make_trainer(config: ExperimentConfig, workdir: pathlib.Path, tokenizer: Tokenizer) -> Trainer:
-    """The trainer of a configuration on all devices; `workdir` gets the checkpoints' description."""
+def make_trainer(
+    config: ExperimentConfig,
+    workdir: pathlib.Path,
+    tokenizer: Tokenizer,
+    described: Description,
+    monitoring: MonitorConfig,
+) -> Trainer:
+    """The trainer of a configuration on all devices; once it runs, `workdir` gets the checkpoints' description."""
     tiling = config.architecture.tiling
-    with tempfile.TemporaryDirectory() as saved:
-        tokenizer.save(saved)
-        return Trainer(
-            config.training_run(),
-            workdir,
-            make_loader=lambda lanes: LaneLoader(config.data, config.batch, tiling, tokenizer, lanes),
-            sources=source_names(config.data),
-            description=description(config, tokenizer, pathlib.Path(saved)),
-            heldout=lambda lanes: heldout_stream(config, tokenizer, lanes),
-            pretrained=pretrained_loader(config, say),
-        )
+    return Trainer(
+        config.training_run(),
+        workdir,
+        make_loader=lambda lanes: LaneLoader(config.data, config.batch, tiling, tokenizer, lanes),
+        sources=source_names(config.data),
+        description=described,
+        heldout=lambda lanes: heldout_stream(config, tokenizer, lanes),
+        pretrained=pretrained_loader(config, say),
+        monitoring=monitoring,
+        epochs=source_epochs,
+    )
 
 
-def run_experiment(config: ExperimentConfig, workdir: pathlib.Path) -> Outcome:
-    """Trains to the end or to a preemption; a finished run gets its release card.
+def run_experiment(config: ExperimentConfig, workdir: pathlib.Path, monitoring: MonitorConfig) -> Outcome:
+    """Trains to the end or to a preemption, watched as `monitoring` says; a finished run gets its release card.
 
     Raises:
         ConfigError: the configuration does not fit the devices.
         RecordError, SourceFailed, CheckpointError, TrainingStopped: as the rooms below say.
     """
     tokenizer, primary = load_tokenizer(config.tokenizer_path), jax.process_index() == 0
-    trainer = make_trainer(config, workdir, tokenizer)
-    if primary:
-        workdirs.claim(workdir, config)
-        write_run_record(workdir, config_text(config), workdirs.last_step(workdir) or 0)
-    try:
-        outcome = trainer.run()
-    finally:
-        trainer.close()
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save(saved)
+        described = description(config, tokenizer, pathlib.Path(saved))
+        trainer = make_trainer(config, workdir, tokenizer, described, monitoring)
+        if primary:
+            workdirs.claim(workdir, config)
+            write_run_record(workdir, config_text(config), workdirs.last_step(workdir) or 0)
+        try:
+            outcome = trainer.run()
+        finally:
+            trainer.close()
     if primary and outcome.status == "complete":
         say(f"release card: {write_release(workdir, release_card(config, tokenizer, outcome))}")
     return outcome

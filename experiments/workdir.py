@@ -15,9 +15,9 @@ from typing import Any
 
 from experiments.config import ExperimentConfig
 from experiments.overrides import flatten
-from hypervl_jax.architecture import ConfigError
+from hypervl_jax.architecture import ConfigError, require
 from hypervl_jax.training.checkpoint import steps_in
-from hypervl_jax.training.telemetry import write_json
+from hypervl_jax.training.telemetry.records import write_json
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -37,11 +37,12 @@ MAY_CHANGE = (
     "data.workers",
     "data.prefetch",
     "data.failure_limit",
-    "objective.loss_chunk",
+    "objective.loss_chunk_tokens",
     "objective.accumulation",
     "loop.token_budget",
     "loop.evaluate_every",
     "loop.nonfinite_limit",
+    "loop.spike_limit",
     "loop.prefetch",
 )
 """Keys that a resumed run may change: they decide where, how fast and how long it runs, not what a step computes (beyond
@@ -54,8 +55,15 @@ def as_json(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """The content of a JSON file; None when there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """The object in a JSON file; None when there is no file. Raises `ConfigError` when the file holds anything else."""
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it from a copy, or remove it") from error
+    require(isinstance(values, dict), f"{path} is damaged (no JSON object); restore it from a copy, or remove it")
+    return values
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -65,7 +73,12 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def check_same_run(workdir: pathlib.Path, config: ExperimentConfig) -> None:
-    """Raises `ConfigError` naming the keys when the directory belongs to a run with another configuration."""
+    """Raises `ConfigError` naming the keys when the directory belongs to a run with another configuration.
+
+    Without a checkpoint it belongs to none: a start that failed on the way leaves no claim.
+    """
+    if last_step(workdir) is None:
+        return
     before, now = read_json(workdir / CONFIG), as_json(config)
     keys = differing_keys(before, now) if before else []
     if before and keys:
@@ -79,7 +92,8 @@ def check_same_run(workdir: pathlib.Path, config: ExperimentConfig) -> None:
 def is_complete(workdir: pathlib.Path, config: ExperimentConfig) -> bool:
     """Whether the run has its release card, for this length."""
     card, now = read_json(workdir / CHECKPOINTS / RELEASE), as_json(config)
-    return card is not None and all(card["config"][key] == now[key] for key in LENGTH)
+    finished = (card or {}).get("config", {})
+    return card is not None and all(finished.get(key) == now[key] for key in LENGTH)
 
 
 def last_step(workdir: pathlib.Path) -> int | None:

@@ -7,6 +7,7 @@ files of Qwen3 and SigLIP2; what the paper leaves open is our choice and says so
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_positive(section: str, config: Any, *names: str) -> None:
+    """Raises `ConfigError` unless these numbers of `config` are above 0 and finite; `section` is what the message calls it."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < math.inf, f"{section} {name} {value} must be positive and finite")
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """A SigLIP2 fixed-resolution vision tower without its pooling head (arXiv 2502.14786).
@@ -61,6 +69,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        require_positive("vision", self, *(field.name for field in dataclasses.fields(self)))
         require(
             self.hidden_size % self.num_heads == 0,
             f"vision hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}",
@@ -110,6 +119,8 @@ class DecoderConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        numbers = (field.name for field in dataclasses.fields(self) if field.name != "tie_embeddings")
+        require_positive("decoder", self, *numbers)
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"decoder num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}",
@@ -150,6 +161,9 @@ class ProjectorConfig:
     layer_norm: bool = True
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        require_positive("projector", self, "layer_norm_eps")
+
     def parameter_count(self, vision: VisionConfig, decoder: DecoderConfig, shuffle: int) -> int:
         """Parameters of one branch's projector."""
         inner, d = vision.hidden_size * shuffle**2, decoder.hidden_size
@@ -177,11 +191,11 @@ class TilingConfig:
     separators: bool = False
 
     def __post_init__(self) -> None:
+        require_positive("tiling", self, "tile_size", "patch_size", "shuffle", "max_tiles")
         require(
             self.tile_size % self.cell_size == 0,
             f"tile_size {self.tile_size} is not divisible by the {self.cell_size}-pixel cell of a visual token",
         )
-        require(self.max_tiles >= 1, f"max_tiles {self.max_tiles} must be at least 1")
 
     @property
     def cell_size(self) -> int:
@@ -217,6 +231,7 @@ class CompressorConfig:
     group_size: int = 8
 
     def __post_init__(self) -> None:
+        require_positive("compressor", self, "proxy_size", "stem_width", "head_width", "hidden_size", "group_size")
         require(self.norm in ("group", "affine"), f"compressor norm {self.norm!r} must be 'group' or 'affine'")
 
 
@@ -370,10 +385,17 @@ def from_json(values: Mapping[str, Any]) -> HyperVLConfig:
         "tiling": TilingConfig,
     }
     try:
-        compressor = dict(values["compressor"])
-        compressor["stages"] = tuple(tuple(stage) for stage in compressor["stages"])
         return HyperVLConfig(
-            compressor=CompressorConfig(**compressor), **{key: kind(**values[key]) for key, kind in kinds.items()}
+            compressor=compressor_from_json(values["compressor"]),
+            **{key: kind(**values[key]) for key, kind in kinds.items()},
         )
     except (KeyError, TypeError) as error:
         raise ConfigError(f"this architecture description does not fit this version of the code: {error}") from error
+
+
+def compressor_from_json(values: Mapping[str, Any]) -> CompressorConfig:
+    """The compressor's config from its JSON form, in which `stages` are lists. Raises `ConfigError` as `from_json`."""
+    try:
+        return CompressorConfig(**{**values, "stages": tuple(map(tuple, values["stages"]))})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"this compressor description does not fit this version of the code: {error}") from error

@@ -5,19 +5,21 @@ Stage 1 of HyperVL (arXiv 2512.14052) at full size. Published: the 82.8B caption
 AnyRes tiles, alternating branches with a KL from Large to Base. Everything else is our choice:
 
 - Budget: 82.8e9 LLM positions that are not padding, visual tokens included, each batch counted once: our reading of "tokens".
-- Batch: 256 rows of 4096 positions, 1.05M a step. 256 rows split over up to 256 row shards; fewer devices accumulate
-  (`--config.objective.accumulation=4`). 4096 holds one image of 12 tiles (3072 tokens) and its caption.
+- Batch: 512 rows of 4096 positions, 2.1M a step: two rows on each chip of a 256-chip slice. Fewer chips accumulate; more than
+  512 share rows: 4 chips a row on 2,048 (context 2 × tensor 2), 8 on 4,096 (context 2 × tensor 4; `experiments.hardware`). 4096
+  positions hold one image of 12 tiles (3072 tokens) and its caption.
 - 14 tiles a row: 3584 of 4096 positions, since captions are short. Empty tile slots cost encoder time; more would fit no row.
-- Horizon of the schedule: the budget over rows · length · 0.97, the fill we plan with.
+- Horizon of the schedule: the budget over rows · length · 0.97, the fill we assume; tile slots may run out before positions do, and a run
+  that sees another fill says which loop.steps would fit.
 - Frozen LLM: the projectors start from noise, and their gradients would spoil a language model that already works.
 - Learning rates: projectors 1e-3, as usual for projectors from scratch (LLaVA, arXiv 2304.08485); encoders 1e-4, a tenth of
-  it, since they are pretrained and the noise of the projectors reaches them. 1000 steps of warm-up are 1.2 % of the run. Cosine to a tenth.
+  it, since they are pretrained and the noise of the projectors reaches them. 1000 steps of warm-up are 2.5 % of the run. Cosine to a tenth.
 - AdamW with b2 0.95, weight decay 0.1 and clipping at 1: the defaults of large language-model training.
 - DCL: λ 1, T 2, 1:1, answer tokens. The teacher starts as poor as the student; `--config.consistency.kl_weight=0` is the ablation.
 - Mixture: shares of tokens, ours. Captions of several writers, a share of images full of text, little of what is rare and good.
 - α jitter 0.1: a tenth of the samples are scaled by a random α, so that the labels of the VRC measure what scaling loses and not
   that scaled images are unfamiliar.
-- Loss spikes: a loss above twice the median of the last 128 steps goes back to the last checkpoint and skips 8 batches.
+- Loss spikes: a loss above twice the median of its arm's last 128 steps goes back to the last checkpoint and skips 8 batches.
 
 `--debug` runs the same stage in minutes at a built-in small size on embedded data.
 """
@@ -36,7 +38,7 @@ from hypervl_jax.training.loop import LoopConfig
 from hypervl_jax.training.optimizer import OptimizerConfig
 
 TOKENS = 82_800_000_000
-BATCH = BatchShape(rows=256, length=4096, tiles=14)
+BATCH = BatchShape(rows=512, length=4096, tiles=14)
 MIXTURE = (
     SourceShare("recap-datacomp", 0.40),
     SourceShare("kale", 0.25),
@@ -65,7 +67,7 @@ def experiment() -> ExperimentConfig:
             spike_factor=2.0,
             spike_window=128,
         ),
-        checkpoint=CheckpointConfig(every=1000, keep=3, keep_period=20_000),
+        checkpoint=CheckpointConfig(every=1000, keep=3, keep_period=10_000),
     )
 
 

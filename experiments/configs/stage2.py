@@ -4,10 +4,10 @@ multi-task pretraining of every part, from stage 1's parameters.
 Stage 2 of HyperVL (arXiv 2512.14052) at full size. Published: the 214.6B multi-task tokens. Our choices, where they differ from
 stage 1:
 
-- Batch: 256 rows of 8192 positions, 2.1M a step: document pages with long transcriptions and interleaved web pages do not fit
+- Batch: 512 rows of 8192 positions, 4.2M a step: document pages with long transcriptions and interleaved web pages do not fit
   4096. 24 tiles a row are 6144 visual tokens: with a quarter of text-only tokens a row seldom has more.
 - Everything is trained. Learning rates: LLM and projectors 5e-5, encoders 1e-5 (a fifth), an optimizer that starts afresh:
-  continued pretraining of finished parts, far below their own peak rates. 2000 steps of warm-up (1.9 %).
+  continued pretraining of finished parts, far below their own peak rates. 1000 steps of warm-up (1.9 %).
 - Mixture: shares of tokens, ours: captions against forgetting, documents and text in images (a third) since reading is what
   HyperVL reports first, interleaved pages, instructions, and 15 % text alone to keep the language model.
 - DCL as in stage 1: it is where the paper describes it.
@@ -27,7 +27,7 @@ from hypervl_jax.training.batch import BatchShape
 from hypervl_jax.training.optimizer import OptimizerConfig
 
 TOKENS = 214_600_000_000
-BATCH = BatchShape(rows=256, length=8192, tiles=24)
+BATCH = BatchShape(rows=512, length=8192, tiles=24)
 MIXTURE = (
     SourceShare("recap-datacomp", 0.15),
     SourceShare("kale", 0.10),
@@ -52,7 +52,7 @@ def experiment() -> ExperimentConfig:
         name="stage2",
         batch=BATCH,
         data=dataclasses.replace(base.data, root="data/stage2", mixture=MIXTURE, seed=2),
-        optimizer=OptimizerConfig(learning_rate=5e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=2000),
+        optimizer=OptimizerConfig(learning_rate=5e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=1000),
         loop=dataclasses.replace(base.loop, steps=steps_for(TOKENS, BATCH), token_budget=TOKENS),
     )
 

@@ -4,7 +4,7 @@ the last, high-quality stage, from stage 2's parameters.
 Stage 3 of HyperVL (arXiv 2512.14052) at full size. Published: the 55.1B high-quality tokens. Our choices, where they differ from
 stage 2 (same batch, same parts trained):
 
-- Learning rates: 2e-5, encoders a fifth of it, by cosine down to 0: the run ends here, nothing continues from its rate. 500
+- Learning rates: 2e-5, encoders a fifth of it, by cosine down to 0: the run ends here, nothing continues from its rate. 250
   steps of warm-up (1.8 %).
 - Mixture: shares of tokens, ours: instructions and documents that were filtered or written for quality; no raw web captions.
 """
@@ -43,7 +43,7 @@ def experiment() -> ExperimentConfig:
         name="stage3",
         data=dataclasses.replace(base.data, root="data/stage3", mixture=MIXTURE, seed=3),
         optimizer=OptimizerConfig(
-            learning_rate=2e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=500, final_fraction=0.0
+            learning_rate=2e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=250, final_fraction=0.0
         ),
         loop=dataclasses.replace(base.loop, steps=steps_for(TOKENS, base.batch), token_budget=TOKENS),
     )

@@ -53,7 +53,7 @@ def experiment() -> ExperimentConfig:
         data=DataConfig(root="data/embedded", mixture=MIXTURE, seed=0, alpha_jitter=0.25),
         heldout=HeldoutConfig(batches=8, left_out=("text",)),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=50, b2=0.98, weight_decay=0.01),
-        objective=ObjectiveConfig(loss_chunk=256),
+        objective=ObjectiveConfig(loss_chunk_tokens=256),
         loop=LoopConfig(steps=3000, log_every=20, evaluate_every=500),
         checkpoint=CheckpointConfig(every=500, keep=2),
         initialize_from=InitializeConfig(vision_base=RANDOM, vision_large=RANDOM, llm=RANDOM),

@@ -2,6 +2,7 @@
 
 As `tiny`, on captions alone. Unlike `stage1` the LLM is trained too: here it starts from noise, and a frozen random decoder
 would have nothing to align the encoders with. The KL term is off: a teacher that sees nothing yet has nothing to teach.
+No image is scaled yet: towers that start from noise learn first what a cell shows at its size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from experiments.configs import tiny
 from experiments.overrides import to_config_dict
 from hypervl_jax.training.consistency import ConsistencyConfig
 
-STEPS = 700
+STEPS = 1600
 
 
 def experiment() -> ExperimentConfig:
@@ -25,11 +26,11 @@ def experiment() -> ExperimentConfig:
     return dataclasses.replace(
         base,
         name="tiny_stage1",
-        data=dataclasses.replace(base.data, mixture=(SourceShare("captions", 1.0),), seed=1),
+        data=dataclasses.replace(base.data, mixture=(SourceShare("captions", 1.0),), seed=1, alpha_jitter=0.0),
         heldout=HeldoutConfig(batches=base.heldout.batches),
         optimizer=dataclasses.replace(base.optimizer, schedule="constant"),
         consistency=ConsistencyConfig(kl_weight=0.0),
-        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=350),
+        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=800),
     )
 
 

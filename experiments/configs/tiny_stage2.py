@@ -15,7 +15,7 @@ from experiments.config import ExperimentConfig, InitializeConfig
 from experiments.configs import tiny
 from experiments.overrides import to_config_dict
 
-STEPS = 1850
+STEPS = 1200
 
 
 def experiment() -> ExperimentConfig:

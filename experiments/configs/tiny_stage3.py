@@ -16,7 +16,7 @@ from experiments.config import ExperimentConfig, HeldoutConfig
 from experiments.configs import tiny_stage2
 from experiments.overrides import to_config_dict
 
-STEPS = 600
+STEPS = 500
 TASKS = ("digits", "documents", "charts", "scenes")
 
 
@@ -29,7 +29,7 @@ def experiment() -> ExperimentConfig:
         data=dataclasses.replace(base.data, mixture=tuple(SourceShare(task, 1.0) for task in TASKS), seed=3),
         heldout=HeldoutConfig(batches=base.heldout.batches),
         optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-4, final_fraction=0.0),
-        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=300),
+        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=250),
     )
 
 

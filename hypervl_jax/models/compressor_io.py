@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from hypervl_jax import partitioning
-from hypervl_jax.architecture import CompressorConfig, ConfigError
+from hypervl_jax.architecture import CompressorConfig, ConfigError, compressor_from_json
 from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.safetensors_files import CheckpointError
 
@@ -109,9 +109,7 @@ def _read_description(path: epath.Path) -> tuple[CompressorConfig, dict[str, Any
         values = json.loads(path.read_text())
         if values["format_version"] != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {values['format_version']}, this code reads {FORMAT_VERSION}")
-        fields = dict(values["compressor"])
-        fields["stages"] = tuple(map(tuple, fields["stages"]))
-        return CompressorConfig(**fields), dict(values["details"])
+        return compressor_from_json(values["compressor"]), dict(values["details"])
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, ConfigError) as error:

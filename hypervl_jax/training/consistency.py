@@ -8,6 +8,7 @@ The alternation's frequency, λ and T are not published: they are settings, and 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -50,8 +51,8 @@ class ConsistencyConfig:
             "consistency.base_steps and large_steps must be 1 or more; use alternation=base or large to train one branch",
         )
         require(
-            self.kl_weight >= 0 and self.temperature > 0,
-            f"consistency.kl_weight {self.kl_weight} must be 0 or more and temperature {self.temperature} positive",
+            0 <= self.kl_weight < math.inf and 0 < self.temperature < math.inf,
+            f"consistency.kl_weight {self.kl_weight} must be 0 or more and temperature {self.temperature} positive, both finite",
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +12,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float32, Int32
 
-from hypervl_jax.architecture import BRANCHES, DECODER, PARTS, require
+from hypervl_jax.architecture import BRANCHES, DECODER, PARTS, require, require_positive
 
 SCHEDULES = ("constant", "cosine", "wsd")
 PART_GROUPS = ("vision", "projector", "decoder")
 NOT_DECAYED = ("scale", "bias", "position_embedding")
 """Leaf names without weight decay: norms, biases and the position embedding."""
+
+_NOT_NEGATIVE = (
+    "learning_rate",
+    *(f"{group}_multiplier" for group in PART_GROUPS),
+    "warmup_steps",
+    "weight_decay",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.learning_rate >= 0, f"optimizer.learning_rate {self.learning_rate} must not be negative")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optimizer.{name} {value} must be finite and not negative")
+        require_positive("optimizer", self, "eps")
         require(
             self.schedule in SCHEDULES, f"optimizer.schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
         )

@@ -1,18 +1,25 @@
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 from data_pipelines.rendered.build import VOCAB_SIZE, build
-from experiments import launch, workdir
+from experiments import debug, launch, workdir
 from experiments.config import ExperimentConfig
-from experiments.distributed import on_cluster, start_processes
+from experiments.distributed import start_processes
 from experiments.named import config_names, load_config
 from experiments.overrides import config_text, from_config_dict
+from experiments.run import description
 from hypervl_jax.architecture import ConfigError
-from hypervl_jax.training.telemetry import read_metrics, write_json
+from hypervl_jax.text.tokenizer import load_tokenizer
+from hypervl_jax.training.checkpoint import write_description
+from hypervl_jax.training.telemetry.metrics_log import read_metrics
+from hypervl_jax.training.telemetry.records import write_json
 
 EMBEDDED = ("captions", "digits", "documents", "charts", "scenes", "text")
 
@@ -52,6 +59,10 @@ def test_help_tells_all_without_starting_jax():
         (("--config", "tiny", "--config.optimizer.learnin_rate=1"), "did you mean config.optimizer.learning_rate?"),
         (("--config", "tiny", "--config.batch.tiles", "50"), "more than the row's 256"),
         (("--config", "tiny", "--config.loop.steps=0.5"), "must be a whole number"),
+        (("--config", "tiny", "--profile-steps", "9:3"), "steps '9:3' are not a range; write FIRST:END"),
+        (("--config", "tiny", "--hang-seconds", "-1"), "hang_seconds -1.0 must not be negative"),
+        (("--config", "tiny", "--devices", "0"), "argument --devices: 0 is not a whole number of 1 or more"),
+        (("--config", "tiny", "--devices", "-2"), "argument --devices: -2 is not a whole number of 1 or more"),
     ],
 )
 def test_usage_errors_are_one_clear_line_and_status_2(arguments, message, capsys):
@@ -79,6 +90,14 @@ def test_debug_is_changed_by_overrides_too(capsys):
     assert "optimizer.frozen = ('decoder',)\n" in shown
 
 
+def test_debug_fits_its_own_warm_up_to_the_steps_asked_for(capsys):
+    assert run("--config", "stage1", "--debug", "--print", "--config.loop.steps=4") == 0
+    assert "optimizer.warmup_steps = 0\n" in capsys.readouterr().out
+    given = "--config.optimizer.warmup_steps=5"
+    assert run("--config", "stage1", "--debug", "--print", "--config.loop.steps=4", given) == 2
+    assert "warmup_steps 5 must be below loop.steps 4" in capsys.readouterr().err
+
+
 def test_stage1_without_anything_says_all_it_needs_at_once(tmp_path, capsys):
     assert run("--config", "stage1", "--workdir", str(tmp_path / "run"), "--data", str(tmp_path / "data")) == 2
     error = capsys.readouterr().err
@@ -90,6 +109,25 @@ def test_stage1_without_anything_says_all_it_needs_at_once(tmp_path, capsys):
         assert f"--config.initialize_from.{part}=DIR or random" in error
     assert error.index("data:") < error.index("tokenizer:") < error.index("parameters:")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "environment", "kept"),
+    [
+        (None, None, "{workdir}/compilation_cache"),
+        (None, "/elsewhere", "/elsewhere"),
+        ("/chosen", "/elsewhere", "/chosen"),
+        ("off", "/elsewhere", None),
+    ],
+)
+def test_where_compiled_programs_are_kept(tmp_path, choice, environment, kept):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", environment)
+        launch.keep_compiled(choice, tmp_path)
+        assert jax.config.jax_compilation_cache_dir == (kept and kept.format(workdir=tmp_path))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def typed(name):
@@ -121,8 +159,75 @@ def test_what_is_missing_is_found_before_anything_starts(data, tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_belongs_to_one_configuration(tmp_path, capsys):
+def saved(directory, name="tiny"):
+    """Makes the directory of a run that has saved step 4."""
+    workdir.claim(directory, typed(name))
+    (directory / "checkpoints" / "4").mkdir(parents=True)
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_leaves_no_claim(tmp_path, capsys):
     workdir.claim(tmp_path, typed("tiny"))
+    arguments = ("--config", "tiny", "--workdir", str(tmp_path), "--data", "/nowhere")
+    assert run(*arguments, "--config.optimizer.b1=0.8") == 2
+    assert "belongs to another run" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"name": "ti', "[]"])
+def test_a_damaged_record_of_the_configuration_is_a_sentence(tmp_path, capsys, text):
+    saved(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert run("--config", "tiny", "--workdir", str(tmp_path), "--data", "/nowhere") == 2
+    assert f"error: {tmp_path}/config.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("place", "reason"), [("/proc/nope", "No such file"), ("{file}", "File exists")])
+def test_a_workdir_that_cannot_be_written_is_a_sentence(data, tmp_path, capsys, place, reason):
+    (tmp_path / "file").touch()
+    assert run("--config", "tiny", "--data", data, "--workdir", place.format(file=tmp_path / "file")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert reason in error
+    assert "give another path" in error
+
+
+def prepared(directory, data, *options):
+    """Whether `--config tiny` may go on in a directory, by the checks before any device is touched."""
+    chosen, overrides = launch.parse(["--config", "tiny", "--data", str(data), *options])
+    return launch.prepare(launch.resolve(chosen, overrides), directory, chosen)
+
+
+def test_a_run_resumes_on_the_data_and_with_the_tokenizer_it_began_with(data, tmp_path):
+    moved, run_directory = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, moved)
+    saved(run_directory)
+    config, tokenizer = launch.resolve(*launch.parse(["--config", "tiny", "--data", data])), load_tokenizer(moved)
+    tokenizer.save(tmp_path / "tokenizer")
+    described = description(config, tokenizer, tmp_path / "tokenizer")
+    write_description(run_directory / "checkpoints", described)
+    assert prepared(run_directory, moved), "the same data elsewhere"
+
+    manifest = moved / "train" / "charts" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(launch.LaunchError, match="was trained on other data: the manifests of charts in"):
+        prepared(run_directory, moved)
+    assert prepared(run_directory, moved, "--accept-changes")
+
+    other = described._replace(details={**described.details, "tokenizer": "another"})
+    write_description(run_directory / "checkpoints", other)
+    with pytest.raises(launch.LaunchError, match="was trained with tokenizer and chat template 'another'"):
+        prepared(run_directory, data)
+    assert prepared(run_directory, data, "--accept-changes")
+
+
+def test_of_several_processes_one_makes_the_debug_data(tmp_path):
+    words = ["--config", "stage1", "--debug", "--data", str(tmp_path / "debug")]
+    config = launch.resolve(*launch.parse(words))
+    with ThreadPoolExecutor(2) as together:
+        assert sorted(together.map(debug.make_data, (config, config))) == [False, True]
+
+
+def test_a_workdir_belongs_to_one_configuration(tmp_path, capsys):
+    saved(tmp_path)
     arguments = ("--config", "tiny", "--workdir", str(tmp_path), "--data", "/nowhere")
     changes = ("--config.optimizer.b1=0.8", "--config.mesh.tensor=2", "--config.loop.evaluate_every=7")
     assert run(*arguments, *changes) == 2
@@ -139,8 +244,7 @@ def test_the_horizon_of_a_schedule_is_not_changed_silently():
 
 def test_a_complete_run_says_so(tmp_path, capsys):
     config = typed("tiny")
-    workdir.claim(tmp_path, config)
-    (tmp_path / "checkpoints").mkdir()
+    saved(tmp_path)
     write_json(tmp_path / "checkpoints" / "release.json", {"config": workdir.as_json(config)})
     assert run("--config", "tiny", "--workdir", str(tmp_path), "--data", "/nowhere") == 0
     assert f"tiny is complete: {tmp_path}" in capsys.readouterr().err
@@ -148,21 +252,6 @@ def test_a_complete_run_says_so(tmp_path, capsys):
         run("--config", "tiny", "--workdir", str(tmp_path), "--data", "/nowhere", "--config.loop.token_budget=1e5") == 2
     )
     assert "tiny cannot start" in capsys.readouterr().err, "a longer run goes on, here without its data"
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-        ({"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"}, True),
-    ],
-)
-def test_clusters_are_recognised(environment, expected):
-    assert on_cluster(environment) == expected
 
 
 @pytest.mark.parametrize("given", [("localhost:1", None, None), (None, 0, 2), ("localhost:1", 2, 2)])
@@ -177,7 +266,10 @@ def test_rows_that_do_not_split_over_the_devices_are_refused(data, tmp_path):
         [*command, "--workdir", str(tmp_path / "run")], capture_output=True, text=True, timeout=300, check=False
     )
     assert ended.returncode == 2, ended.stderr
-    assert "error: 4 rows cannot be split over the 3 row shards" in ended.stderr
+    assert (
+        "error: batch.rows 4 cannot be split into objective.accumulation 1 micro-batches over 3 row shards"
+        in ended.stderr
+    )
     assert not (tmp_path / "run" / "config.json").exists()
 
 
