@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -69,6 +70,10 @@ class Step:
     output: pathlib.Path
     product: pathlib.Path
     code: tuple[str, ...]
+
+
+Plan = Callable[[pathlib.Path], Sequence[Step]]
+"""From a workdir to the steps in it."""
 
 
 def steps(workdir: pathlib.Path) -> list[Step]:
@@ -182,15 +187,36 @@ def write_record(workdir: pathlib.Path, record: Record) -> None:
     temporary.replace(workdir / RECORD)
 
 
-def step_keys(planned: Sequence[Step]) -> dict[str, str]:
-    """A key for each step: of its command, of the code that defines it, and of the step before it."""
+def step_keys(plan: Plan) -> dict[str, str]:
+    """A key for each step: of its command, of the code that defines it, and of the step before it.
+
+    However the workdir is written, and wherever it is moved, the keys are the same.
+    """
     keys, previous = {}, ""
-    for step in planned:
+    for step in plan(pathlib.Path("WORKDIR")):
         digest = hashlib.sha256("\0".join((previous, *step.command)).encode())
         for path in sorted(path for pattern in step.code for path in HOME.glob(pattern)):
-            digest.update(path.read_bytes())
+            digest.update(what_runs(path.read_text("utf-8")).encode())
         keys[step.name] = previous = digest.hexdigest()
     return keys
+
+
+def what_runs(source: str) -> str:
+    """A module's syntax tree without comments, docstrings and layout: what can change the outcome of a step."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [part for part in body if not _is_text(part)]
+    return ast.dump(tree)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is a text that nobody reads at run time, as a docstring is."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
 
 
 def command_line(step: Step) -> str:
@@ -203,20 +229,20 @@ class Demo:
 
     Args:
         workdir: new, empty, or of an earlier demo.
-        planned: the steps, in order.
+        plan: the steps in a directory, in order.
         console: where it says what it does.
 
     Raises:
         DemoError: the directory holds something else.
     """
 
-    def __init__(self, workdir: pathlib.Path, planned: Sequence[Step], console: Console) -> None:
-        self.workdir, self.steps, self.console = workdir, planned, console
+    def __init__(self, workdir: pathlib.Path, plan: Plan, console: Console) -> None:
+        self.workdir, self.steps, self.console = workdir, plan(workdir), console
         self.record = read_record(workdir)
         if not self.record and workdir.exists() and any(workdir.iterdir()):
             raise DemoError(f"{workdir} is not empty and holds no {RECORD}; give another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
-        self.keys = step_keys(planned)
+        self.keys = step_keys(plan)
 
     def is_done(self, step: Step) -> bool:
         """Whether the step is complete with its present inputs."""
@@ -371,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminate_as_interrupt():
             workdir = pathlib.Path(options.workdir)
-            demo = Demo(workdir, steps(workdir), Console(stderr=True))
+            demo = Demo(workdir, steps, Console(stderr=True))
             ran = demo.run()
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)

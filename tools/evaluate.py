@@ -20,6 +20,7 @@ from data_pipelines.config import DataConfig, SourceShare
 from data_pipelines.lanes import MissingData, manifest_hashes
 from data_pipelines.records import PARAPHRASE_SEPARATOR, Record, RecordError, content_hash
 from data_pipelines.sources import Source
+from experiments import storage
 from hypervl_jax import architecture
 from hypervl_jax.architecture import BRANCHES, PARTS, ConfigError, require
 from hypervl_jax.evaluation import analysis, benchmarks
@@ -42,7 +43,7 @@ from hypervl_jax.text.conversation import Turn
 from hypervl_jax.text.tokenizer import TokenizerError
 from hypervl_jax.training.checkpoint import CheckpointError, checkpoint_home, find_step, read_description
 from hypervl_jax.training.state import abstract_parameters, initialise_parts
-from hypervl_jax.training.telemetry import write_json
+from hypervl_jax.training.telemetry.records import write_json
 from hypervl_jax.vision.decoding import UndecodableImage
 from hypervl_jax.vision.resolution import MAX_ALPHA, MIN_ALPHA
 
@@ -270,14 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         MissingData,
         ResultsError,
         UndecodableImage,
+        storage.StorageError,
     )
     try:
-        rows = run(options)
+        with storage.explained():
+            rows = run(options)
+            values = analysis.summary(rows)
+            write_json(output_directory(options) / SUMMARY, values)
     except explained as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    values = analysis.summary(rows)
-    write_json(output_directory(options) / SUMMARY, values)
     if options.json:
         print(json.dumps(values, indent=1))
     else:

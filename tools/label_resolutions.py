@@ -42,6 +42,7 @@ from data_pipelines.packing import Budget, Sample, pack_row
 from data_pipelines.records import Record, RecordError, content_hash, write_json
 from data_pipelines.sources import Source
 from data_pipelines.transforms import fill_row
+from experiments import storage
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import BRANCHES, ConfigError, TilingConfig, branch_parts
 from hypervl_jax.inference.assistant import CAST_PARAMETERS, inference_dtypes, inference_runtime
@@ -52,11 +53,11 @@ from hypervl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from hypervl_jax.training import checkpoint as checkpoints
 from hypervl_jax.training import losses
 from hypervl_jax.training.batch import Batch, BatchShape, empty_batch
-from hypervl_jax.training.checkpoint import CheckpointError
 from hypervl_jax.training.compression import DEFAULT_FLOOR, RATIOS, LabelSummary, ResolutionLabel, summarise_labels
 from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.training.step import branch_hidden
 from hypervl_jax.vision.anyres import ALPHA_UNIT, PADDING_BYTE, alpha_to_milli
+from hypervl_jax.vision.decoding import decode_image
 
 FORMAT_VERSION = 1
 QUESTION, MANIFEST = "question.json", "labels.json"
@@ -64,8 +65,8 @@ DEFAULT_EPSILON, DEFAULT_ROWS = 0.05, 8
 IMAGES_PER_FILE = 128
 """What a killed run may lose."""
 
-_WINDOW, _LOSS_CHUNK = 64, 512
-"""Samples that packing chooses from; positions of each row whose logits exist at one time."""
+_WINDOW, _LOSS_CHUNK, _DECODED_IMAGES = 64, 512, 32
+"""Samples that packing chooses from, positions of each row whose logits exist at one time, decoded images kept in memory."""
 
 _SEEN, _BLIND = 0, 1
 """Numbers of the two views of a source in a batch."""
@@ -91,6 +92,12 @@ ReportProgress = Callable[[str, int, int], None]
 
 class LabelError(ValueError):
     """Labels that cannot be made or read; the message says why and what to do."""
+
+
+EXPLAINED = (LabelError, checkpoints.CheckpointError, TokenizerError, ConfigError, storage.StorageError)
+"""Errors that explain themselves."""
+
+USAGE_ERROR = 2
 
 
 class LabelRun(NamedTuple):
@@ -157,12 +164,12 @@ class Labeller:
         self.shape = dataclasses.replace(shape, rows=-(-shape.rows // self.mesh.size) * self.mesh.size)
         self.tokenizer, self.tiling = checkpoint_tokenizer(checkpoint, description), config.tiling
         parts = branch_parts(encoder)
-        abstract, _ = abstract_parameters(config, runtime)
-        abstract = {part: abstract[part] for part in parts}
+        abstract = {part: abstract_parameters(config, runtime)[0][part] for part in parts}
         whole = jax.tree.map(lambda _: partitioning.replicated(self.mesh), abstract)
         targets = checkpoints.abstract_like(inference_dtypes(abstract, runtime.dtype), whole)
         self.params = checkpoints.load_params(checkpoint, targets, step, parts)
         self.identity = {"checkpoint_step": step, "encoder": encoder, "weights": _weights_digest(self.params)}
+        self._decode = functools.lru_cache(_DECODED_IMAGES)(decode_image)
         self._losses = jax.jit(functools.partial(answer_losses, HyperVL(config, runtime), encoder))
 
     def label(self, views: tuple[Source, BlindSource], records: Sequence[int]) -> list[ResolutionLabel]:
@@ -190,8 +197,7 @@ class Labeller:
         """The samples of all records in packed rows, a batch of rows at a time."""
         budget, pending = Budget(self.shape.length, self.shape.tiles), []
         samples = (sample for record in records for sample in self._samples(source, record, budget))
-        draw = lambda: next(samples, None)
-        rows = iter(lambda: pack_row(pending, draw, budget, _WINDOW), [])
+        rows = iter(lambda: pack_row(pending, lambda: next(samples, None), budget, _WINDOW), [])
         while chunk := list(itertools.islice(rows, self.shape.rows)):
             yield chunk
 
@@ -206,7 +212,9 @@ class Labeller:
         batch = empty_batch(self.shape, self.tiling.tile_size)
         for number, samples in enumerate(rows):
             # A sample that cannot be read leaves padding behind and is missed in `_collect`.
-            fill_row(Batch(*(field[number] for field in batch)), samples, views, self.tokenizer, self.tiling)
+            fill_row(
+                Batch(*(field[number] for field in batch)), samples, views, self.tokenizer, self.tiling, self._decode
+            )
         return batch
 
 
@@ -242,7 +250,7 @@ def _make_label(source: Source, record: int, curve: Sequence[float], tiling: Til
 def checkpoint_tokenizer(checkpoint: str | os.PathLike[str], description: checkpoints.Description) -> Tokenizer:
     """The tokenizer beside a checkpoint. Raises `CheckpointError` when there is none."""
     if description.tokenizer_directory is None:
-        raise CheckpointError(f"{checkpoint} holds no tokenizer; the data cannot be read as it was in training")
+        raise checkpoints.CheckpointError(f"{checkpoint} holds no tokenizer; data cannot be read as in training")
     return load_tokenizer(pathlib.Path(description.tokenizer_directory))
 
 
@@ -283,7 +291,7 @@ def label(
     """Labels the images of some sources, or goes on where a killed run stopped.
 
     Args:
-        checkpoint: a run's `checkpoints` directory.
+        checkpoint: a run's workdir or its `checkpoints` directory.
         data: root of the data; sources lie in `data/split/name`.
         output: directory of the labels, made if need be.
         sources: by name, in the order of the labels.
@@ -300,6 +308,7 @@ def label(
         LabelError: `output` holds labels of another question, or nothing could be labelled.
         CheckpointError, RecordError, TokenizerError, ConfigError: an input cannot be used.
     """
+    checkpoint = checkpoints.checkpoint_home(checkpoint)
     model = Labeller(checkpoint, checkpoints.find_step(checkpoint, step), encoder, shape, tile_chunk)
     views = {name: _views(pathlib.Path(data) / split / name, model.tokenizer) for name in sources}
     chosen = {name: single_image_records(views[name][_SEEN], limit) for name in sources}
@@ -434,14 +443,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with progress_line() as progress:
+        with storage.explained(), progress_line() as progress:
             chosen = {name: getattr(options, name) for name in ("split", "encoder", "limit", "step")}
             sources = options.sources.split(",")
             run = label(options.checkpoint, options.data, options.output, sources=sources, progress=progress, **chosen)
         summaries = summarise_labels(run.labels, options.epsilon, options.floor)
-    except (LabelError, CheckpointError, RecordError, TokenizerError, ConfigError, ValueError) as error:
+    except (*EXPLAINED, RecordError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USAGE_ERROR
     if options.json:
         tasks = {task: dataclasses.asdict(summary) for task, summary in summaries.items()}
         print(json.dumps({"tasks": tasks, "left_out": run.left_out, "resumed": run.resumed}, indent=2))
@@ -453,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tools.label_resolutions", description=_DESCRIPTION)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="the `checkpoints` directory of a run")
+    add("--checkpoint", required=True, metavar="DIR", help="a run's workdir or its checkpoints directory")
     add("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
     add("--data", required=True, metavar="ROOT", help="sources lie in ROOT/SPLIT/NAME")
     add("--split", default="train", help="of the data (default: train)")

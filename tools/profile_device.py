@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -38,6 +39,7 @@ from hypervl_jax.architecture import (
 )
 from hypervl_jax.inference.assistant import (
     compress,
+    encode,
     inference_dtypes,
     inference_runtime,
     load_assistant,
@@ -53,6 +55,7 @@ from hypervl_jax.inference.generate import (
 from hypervl_jax.inference.latency import DeviceProfile, model_digest, save_profile
 from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.compressor_io import abstract_compressor
+from hypervl_jax.models.hypervl import HyperVL
 from hypervl_jax.models.projector import Projector
 from hypervl_jax.models.qwen3 import Decoder
 from hypervl_jax.models.runtime import RuntimeConfig
@@ -65,8 +68,8 @@ from hypervl_jax.vision.anyres import plan_image, tile_image
 from hypervl_jax.vision.resolution import make_proxies
 
 SIZES: dict[str, Callable[[], HyperVLConfig]] = {"tiny": architecture.hypervl_tiny, "2b": architecture.hypervl_2b}
-IMAGE_SIDE = 1024
-"""Side in pixels of the square image that resize and VRC are measured with."""
+IMAGE_SIDE, IMAGE_ALPHAS = 1024, (0.1, 0.9)
+"""Side in pixels of the square image that resize and proxy are measured with, and the two α it is tiled at."""
 
 TEXT_TOKENS = 64
 """Text of the prompts that prefill is measured with; tiles come on top."""
@@ -84,7 +87,7 @@ class Model(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One measurement: the field of `DeviceProfile`, its key (branch or size) where it has one, and milliseconds."""
+    """One measurement: the field of `DeviceProfile`, its key (branch, size, or both) where it has one, and milliseconds."""
 
     field: str
     key: Any
@@ -141,46 +144,64 @@ def features(params: Any, inputs: Array, *, module: VisionTower | Projector) -> 
 def measurements(model: Model, lengths: Sequence[int], repeats: int) -> Iterator[Measured]:
     """Measures every part in turn."""
     programs = Programs()
-    yield from _measure_pixels(model, programs, repeats)
+    yield from _measure_compressor(model, programs, repeats)
+    yield from _measure_resize(model.config.tiling, repeats)
     for branch in BRANCHES:
         yield from _measure_branch(model, branch, programs, repeats)
     for length in lengths:
         yield from _measure_decoder(model, length, programs, repeats)
 
 
-def measurement_count(lengths: Sequence[int]) -> int:
+def measurement_count(tiling: TilingConfig, lengths: Sequence[int]) -> int:
     """How many measurements there will be."""
-    return 2 + 2 * len(BRANCHES) + 2 * len(lengths)
+    return 4 + len(BRANCHES) * (len(tile_counts(tiling)) + 2) + 3 * len(lengths)
 
 
-def _measure_pixels(model: Model, programs: Programs, repeats: int) -> Iterator[Measured]:
-    config = model.config
-    rgb = np.random.default_rng(0).integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8)
-    compressor = Compressor(config.compressor, model.runtime.dtype)
+def tile_counts(tiling: TilingConfig) -> list[int]:
+    """Numbers of tiles to measure: one, and the tile budget in its static size."""
+    return sorted({1, bucket(tiling.tile_limit)})
 
-    def predict() -> jax.Array:
-        proxies, _ = make_proxies([rgb], config.compressor.proxy_size)
+
+def _picture(side: int) -> UInt8[np.ndarray, "h w 3"]:
+    return np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def _measure_compressor(model: Model, programs: Programs, repeats: int) -> Iterator[Measured]:
+    side, compressor = model.config.compressor.proxy_size, Compressor(model.config.compressor, model.runtime.dtype)
+
+    def predict(rgb: UInt8[np.ndarray, "h w 3"]) -> jax.Array:
+        proxies, _ = make_proxies([rgb], side)
         return programs.run(compress, model.compressor_params, proxies, compressor=compressor)
 
-    plan = plan_image(IMAGE_SIDE, IMAGE_SIDE, 0.5, config.tiling)
-    yield Measured("compressor", None, median_ms(predict, repeats))
-    resize = median_ms(lambda: tile_image(rgb, plan, config.tiling), repeats)
-    yield Measured("resize_per_megapixel", None, resize / (IMAGE_SIDE**2 / 1e6))
+    small, large = (median_ms(functools.partial(predict, _picture(each)), repeats) for each in (side, IMAGE_SIDE))
+    yield Measured("compressor", None, small)
+    yield Measured("proxy_per_megapixel", None, max(0.0, large - small) / ((IMAGE_SIDE**2 - side**2) / 1e6))
+
+
+def _measure_resize(tiling: TilingConfig, repeats: int) -> Iterator[Measured]:
+    """Two sizes of the result tell what a source pixel takes from what a tile takes."""
+    rgb = _picture(IMAGE_SIDE)
+    few, many = (plan_image(IMAGE_SIDE, IMAGE_SIDE, alpha, tiling) for alpha in IMAGE_ALPHAS)
+    short, long = (median_ms(functools.partial(tile_image, rgb, plan, tiling), repeats) for plan in (few, many))
+    per_tile = max(0.0, long - short) / max(1, many.tiles - few.tiles)
+    yield Measured("resize_per_megapixel", None, max(0.0, short - few.tiles * per_tile) / (IMAGE_SIDE**2 / 1e6))
+    yield Measured("tiling_per_tile", None, per_tile)
 
 
 def _measure_branch(model: Model, branch: str, programs: Programs, repeats: int) -> Iterator[Measured]:
-    config, runtime, chunk = model.config, model.runtime, model.runtime.tile_chunk
-    vision, side = config.vision(branch), config.tiling.tile_size
+    config, runtime, side = model.config, model.runtime, model.config.tiling.tile_size
+    vision, parts = config.vision(branch), (vision_part(branch), projector_part(branch))
     tower = VisionTower(vision, runtime)
     projector = Projector(config.projector, vision, config.decoder, config.tiling.shuffle, runtime)
-    tiles = jnp.zeros((chunk, side, side, 3), jnp.uint8)
-    patches = jnp.zeros((chunk, vision.num_patches, vision.hidden_size), runtime.dtype)
-    inputs = {"tower": (tower, vision_part(branch), tiles), "projector": (projector, projector_part(branch), patches)}
-    for name, (module, part, arrays) in inputs.items():
-        encode = lambda module=module, part=part, arrays=arrays: programs.run(
-            features, model.params[part], arrays, module=module
-        )
-        yield Measured(f"{name}_per_tile", branch, median_ms(encode, repeats) / chunk)
+    params, hypervl = {part: model.params[part] for part in parts}, HyperVL(config, runtime)
+    run = lambda *arguments, **static: median_ms(lambda: programs.run(*arguments, **static), repeats)
+    for count in tile_counts(config.tiling):
+        tiles = np.zeros((count, side, side, 3), np.uint8)
+        yield Measured("encoder", (branch, count), run(encode, params, tiles, model=hypervl, branch=branch))
+    tile = jnp.zeros((1, side, side, 3), jnp.uint8)
+    patches = jnp.zeros((1, vision.num_patches, vision.hidden_size), runtime.dtype)
+    yield Measured("tower_per_tile", branch, run(features, params[parts[0]], tile, module=tower))
+    yield Measured("projector_per_tile", branch, run(features, params[parts[1]], patches, module=projector))
 
 
 def _measure_decoder(model: Model, length: int, programs: Programs, repeats: int) -> Iterator[Measured]:
@@ -191,12 +212,16 @@ def _measure_decoder(model: Model, length: int, programs: Programs, repeats: int
         np.ones(length, np.int32), np.zeros(length, np.float32), np.full(length, TEXT_POSITION, np.int32)
     )
     prompts = pad_prompts([text], [0], 1, length)
-    visual = jnp.zeros((0, model.config.decoder.hidden_size), model.runtime.dtype)
+    visual = jnp.zeros((length, model.config.decoder.hidden_size), model.runtime.dtype)
     prefill = lambda: generator.start(prompts, visual, None, NEW_TOKENS_BUCKET)
     yield Measured("prefill", length, median_ms(prefill, repeats))
-    started = prefill()
-    decode = median_ms(lambda: generator.finish(started, None, NEW_TOKENS_BUCKET), repeats)
-    yield Measured("decode", length + NEW_TOKENS_BUCKET, decode / (NEW_TOKENS_BUCKET - 1))
+    started, slots = prefill(), length + NEW_TOKENS_BUCKET
+    first, whole = (
+        median_ms(functools.partial(generator.finish, started, None, limit), repeats)
+        for limit in (1, NEW_TOKENS_BUCKET)
+    )
+    yield Measured("decode_start", slots, first)
+    yield Measured("decode", slots, max(0.0, whole - first) / (NEW_TOKENS_BUCKET - 1))
 
 
 def to_profile(model: Model, measured: Sequence[Measured]) -> DeviceProfile:
@@ -207,8 +232,10 @@ def to_profile(model: Model, measured: Sequence[Measured]) -> DeviceProfile:
             fields[field] = milliseconds
         else:
             fields.setdefault(field, {})[key] = milliseconds
-    for field in ("prefill", "decode"):
+    for field in ("prefill", "decode_start", "decode"):
         fields[field] = tuple(sorted(fields[field].items()))
+    encoder = sorted(fields["encoder"].items())
+    fields["encoder"] = {name: tuple((n, ms) for (branch, n), ms in encoder if branch == name) for name in BRANCHES}
     device = jax.devices()[0]
     return DeviceProfile(
         device=f"{device.device_kind} ({device.platform}), host {platform.machine()} with {os.cpu_count()} cores",
@@ -225,7 +252,7 @@ def measure_device(model: Model, lengths: Sequence[int], repeats: int, console: 
     """Measures a model with a progress bar on `console`."""
     measured = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=measurement_count(lengths))
+        task = progress.add_task("measuring", total=measurement_count(model.config.tiling, lengths))
         for one in measurements(model, lengths, repeats):
             measured.append(one)
             name = one.field if one.key is None else f"{one.field} {one.key}"
@@ -237,11 +264,18 @@ def to_table(profile: DeviceProfile) -> Table:
     """A profile for people."""
     table = Table("part", "ms", title=f"{profile.device}, {profile.dtype}")
     table.columns[1].justify = "right"
-    rows = {"compressor, an image": profile.compressor, "resize, a megapixel": profile.resize_per_megapixel}
+    rows = {
+        "compressor, an image": profile.compressor,
+        "its proxy, a megapixel": profile.proxy_per_megapixel,
+        "resize, a megapixel": profile.resize_per_megapixel,
+        "resize, a tile": profile.tiling_per_tile,
+    }
     for branch in BRANCHES:
-        rows[f"{branch} tower, a tile"] = profile.tower_per_tile[branch]
-        rows[f"{branch} projector, a tile"] = profile.projector_per_tile[branch]
+        rows |= {f"{branch} encoder, {tiles} tiles": milliseconds for tiles, milliseconds in profile.encoder[branch]}
+        rows[f"{branch} tower alone, a tile"] = profile.tower_per_tile[branch]
+        rows[f"{branch} projector alone, a tile"] = profile.projector_per_tile[branch]
     rows |= {f"prefill of {tokens} tokens": milliseconds for tokens, milliseconds in profile.prefill}
+    rows |= {f"start of decoding, {slots} slots": milliseconds for slots, milliseconds in profile.decode_start}
     rows |= {f"decode of a token, {slots} slots": milliseconds for slots, milliseconds in profile.decode}
     for name, milliseconds in rows.items():
         table.add_row(name, f"{milliseconds:.3f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -13,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines.records import RecordError
+from experiments import storage
 from experiments.workdir import CHECKPOINTS, RELEASE, read_json
-from hypervl_jax.architecture import TilingConfig
+from hypervl_jax.architecture import ConfigError, TilingConfig, require
 from hypervl_jax.evaluation.benchmarks import Item, ItemResult, ResultsError, read_results
 from hypervl_jax.evaluation.report import Contents, TrainingRun, build_page
-from hypervl_jax.training.telemetry import RUN_RECORD, git_revision, read_metrics
+from hypervl_jax.training.telemetry.metrics_log import read_metrics
+from hypervl_jax.training.telemetry.records import RUN_RECORD, git_revision
 from tools.demo import DemoError, read_record
 from tools.evaluate import RESULTS, read_items
 
@@ -40,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="ROOT", help="the evaluated data, for the samples (default: data/ in the workdir)")
     add("--title", default="HyperVL", help="(default: %(default)s)")
     add("--output", metavar="FILE", help="the page (default: report.html in the workdir)")
+    add("--json", action="store_true", help="print what the page holds as JSON on standard output")
     return made
 
 
@@ -56,7 +60,7 @@ def _first_start(directory: pathlib.Path) -> Mapping[str, Any]:
 
 def _starts(directory: pathlib.Path) -> Sequence[Mapping[str, Any]]:
     """Every start of a run, as its record tells."""
-    return (read_json(directory / RUN_RECORD) or {"starts": []})["starts"]
+    return (read_json(directory / RUN_RECORD) or {}).get("starts", [])
 
 
 def read_run(directory: pathlib.Path) -> TrainingRun:
@@ -125,13 +129,14 @@ def gather(options: argparse.Namespace) -> Contents:
     """Everything there is to show.
 
     Raises:
-        FileNotFoundError: no such directory.
-        ResultsError, DemoError: a file that cannot be read.
+        OSError: no such directory.
+        ResultsError, DemoError, ConfigError: a file that cannot be read, or nothing to show.
     """
     workdir = pathlib.Path(options.workdir)
     directories = run_directories(workdir)
     results = pathlib.Path(options.evaluation or workdir / "evaluation") / RESULTS
     subject, rows = read_results(results) if results.exists() else ({}, [])
+    require(bool(directories or rows), f"{workdir} holds no {METRICS} and no evaluation; give a run's --workdir")
     record = read_record(workdir)
     commands = [step.command for step in record.values()] or [
         shlex.join(["python", *start["command"]]) for path in directories for start in _starts(path)[-1:]
@@ -148,22 +153,35 @@ def gather(options: argparse.Namespace) -> Contents:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        contents = gather(options)
-    except (FileNotFoundError, ResultsError, DemoError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    if not contents.runs and not contents.results:
-        print(f"error: {options.workdir} holds no {METRICS} and no evaluation; give a run's --workdir", file=sys.stderr)
-        return USAGE_ERROR
-    output = pathlib.Path(options.output or pathlib.Path(options.workdir) / "report.html")
+def write_page(contents: Contents, output: pathlib.Path) -> None:
+    """Writes the page as a whole. Raises `OSError` when it cannot be written."""
     temporary = output.with_name(f"{output.name}.writing")
     temporary.write_text(build_page(contents), "utf-8")
     temporary.replace(output)
-    print(f"report: {output.absolute()}")
+
+
+def outcome(contents: Contents, output: pathlib.Path) -> dict[str, Any]:
+    """What the page holds, as JSON."""
+    return {
+        "page": str(output.absolute()),
+        "runs": {run.name: len(run.metrics) for run in contents.runs},
+        "results": len(contents.results),
+        "facts": dict(contents.facts),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = parser().parse_args(arguments)
+    output = pathlib.Path(options.output or pathlib.Path(options.workdir) / "report.html")
+    try:
+        with storage.explained():
+            contents = gather(options)
+            write_page(contents, output)
+    except (ConfigError, ResultsError, DemoError, storage.StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    print(json.dumps(outcome(contents, output), indent=1) if options.json else f"report: {output.absolute()}")
     return 0
 
 

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from data_pipelines.records import RecordError, content_hash, read_index
 from data_pipelines.sources import DamagedShard, Source
-from hypervl_jax.architecture import CompressorConfig, ConfigError
+from experiments import storage
+from hypervl_jax.architecture import CompressorConfig
 from hypervl_jax.models.compressor_io import check_unused, predict_log_areas, save_compressor
-from hypervl_jax.text.tokenizer import TokenizerError
-from hypervl_jax.training.checkpoint import CheckpointError, read_description
+from hypervl_jax.training.checkpoint import checkpoint_home, read_description
 from hypervl_jax.training.compression import (
     DEFAULT_FLOOR,
     LOSSES,
@@ -49,6 +49,8 @@ from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 from hypervl_jax.vision.resolution import alpha_from_prediction, make_proxies, make_proxy
 from tools.label_resolutions import (
     DEFAULT_EPSILON,
+    EXPLAINED,
+    USAGE_ERROR,
     LabelError,
     ReportProgress,
     checkpoint_tokenizer,
@@ -89,7 +91,7 @@ def train(
     Args:
         labels: directory that `tools.label_resolutions` filled.
         data: root of the data that was labelled.
-        checkpoint: a run's `checkpoints` directory, for the compressor's architecture, the tiling and the tokenizer.
+        checkpoint: a run's workdir or its `checkpoints` directory, for the compressor's architecture, the tiling and the tokenizer.
         output: directory of the compressor; must not exist.
         epsilon: of α*.
         floor: of Δ.
@@ -103,6 +105,7 @@ def train(
         RecordError, TokenizerError, ConfigError: an input cannot be used.
     """
     check_unused(output)
+    checkpoint = checkpoint_home(checkpoint)
     settings = settings or CompressorTrainConfig()
     description, (found, question) = read_description(checkpoint), read_labels(labels)
     config, tiling = description.architecture.compressor, description.architecture.tiling
@@ -247,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         fields = {field.name for field in dataclasses.fields(CompressorTrainConfig)}
         settings = CompressorTrainConfig(**{key: value for key, value in vars(options).items() if key in fields})
-        with progress_line() as progress:
+        with storage.explained(), progress_line() as progress:
             report = train(
                 options.labels,
                 options.data,
@@ -259,17 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 alphas_output=options.alphas_output,
                 progress=progress,
             )
-    except (
-        LabelError,
-        RecordError,
-        CheckpointError,
-        TokenizerError,
-        ConfigError,
-        UndecodableImage,
-        ValueError,
-    ) as error:
+    except (*EXPLAINED, RecordError, UndecodableImage, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USAGE_ERROR
     if options.json:
         print(json.dumps({**report._asdict(), "metrics": _as_json(report.metrics)}, indent=2))
     else:
@@ -282,7 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     add, default = parser.add_argument, CompressorTrainConfig()
     add("--labels", required=True, metavar="DIR", help="what `python -m tools.label_resolutions` wrote")
     add("--data", required=True, metavar="ROOT", help="the data that was labelled")
-    add("--checkpoint", required=True, metavar="DIR", help="`checkpoints` of a run: architecture, tiling and tokenizer")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir or checkpoints directory: architecture, tiling, tokenizer",
+    )
     add("--output", required=True, metavar="DIR", help="of the compressor; must not exist")
     add("--alphas-output", metavar="FILE", help="also write α of every record of the labelled sources (Arrow IPC)")
     add("--epsilon", type=float, default=DEFAULT_EPSILON, help=f"of α* (default: {DEFAULT_EPSILON})")

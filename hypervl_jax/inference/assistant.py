@@ -8,8 +8,10 @@ Runs on one device. All programs have static shapes from `generate.bucket`, so f
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Generator as GeneratorType
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.compressor_io import load_compressor
 from hypervl_jax.models.hypervl import HyperVL
 from hypervl_jax.models.qwen3 import Decoder
-from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.models.runtime import RuntimeConfig, resolve_kernels
 from hypervl_jax.text.conversation import IMAGE_SLOT, EncodedConversation, Turn, encode_prompt
 from hypervl_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from hypervl_jax.training.checkpoint import CheckpointError, load_params, read_description
@@ -69,6 +71,9 @@ ENCODERS = (*BRANCHES, AUTO)
 
 IMAGE_DECODING = "image_decoding"
 """A step that is measured besides `latency.STEPS`, outside every budget."""
+
+_REHEARSED_TOKENS = 3
+"""One of the prefill, one of a decoding step on it, and one of a decoding step on another."""
 
 CAST_PARAMETERS = frozenset({"kernel", "embedding", "head", "position_embedding"})
 """Parameters that every layer casts to the compute dtype before use; the others are read in float32."""
@@ -96,6 +101,10 @@ class LatencyBudget:
 
     profile: DeviceProfile
     milliseconds: float
+
+    def __post_init__(self) -> None:
+        finite = 0 < self.milliseconds < math.inf
+        require(finite, f"a latency budget of {self.milliseconds:g} ms is none; it must be positive and finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +155,7 @@ class Answer:
         visual_tokens: in the prompt.
         prompt_tokens: in all.
         milliseconds: wall time of each step: `latency.STEPS`, `IMAGE_DECODING`, and `generate.COMPILATION` of programs that were
-            new. In a batch, the batch's time divided by its requests.
+            new, under a budget with their first run. In a batch, the batch's time divided by its requests.
         branch: that saw the images.
         reason: why this branch and these α.
     """
@@ -211,6 +220,7 @@ class Assistant:
         self.compressor_params = compressor_params
         self._model = HyperVL(config, runtime)
         self._compressor = Compressor(config.compressor, runtime.dtype)
+        self._rehearsed: set[Hashable] = set()
         stop_ids = (tokenizer.end_of_turn, tokenizer.end_of_text)
         self._generator = Generator(Decoder(config.decoder, runtime), params[DECODER], stop_ids, PROGRAMS)
 
@@ -242,7 +252,7 @@ class Assistant:
         """
         options = options or Options()
         watch = Stopwatch(PROGRAMS)
-        prepared = self._prepare([request], options, watch)
+        prepared = self._prepare_warm([request], options, watch, True)
         draws = options.sampling.draws([0])
         started = self._start(prepared, draws, options, watch)
         text, tokens, decoder = "", [], StreamDecoder(self.tokenizer)
@@ -265,7 +275,7 @@ class Assistant:
     def _answer_batch(self, requests: Sequence[Request], first: int, options: Options) -> list[Answer]:
         """Answers the requests that are numbered from `first` on."""
         watch = Stopwatch(PROGRAMS)
-        prepared = self._prepare(requests, options, watch)
+        prepared = self._prepare_warm(requests, options, watch, False)
         rows = bucket(len(requests))
         draws = options.sampling.draws(range(first, first + rows))
         started = self._start(prepared, draws, options, watch)
@@ -277,6 +287,35 @@ class Assistant:
             _answer(item, self.tokenizer.decode(tokens), tokens, bool(stopped), milliseconds)
             for item, tokens, stopped in zip(prepared, ids, generated.stopped, strict=False)
         ]
+
+    def _prepare_warm(
+        self, requests: Sequence[Request], options: Options, watch: Stopwatch, streamed: bool
+    ) -> list[_Prepared]:
+        """Prepares the requests; under a budget, which has one at a time, with all programs run once before time is measured.
+
+        The first run of a program costs many times what the device profile, which is of warm programs, predicts.
+        """
+        prepared = self._prepare(requests, options, watch)
+        if options.budget is None:
+            return prepared
+        (item,) = prepared
+        sizes = bucket(len(item.tiles)), bucket(len(item.prompt.tokens), LENGTH_BUCKET), options.max_new_tokens
+        path = (streamed, item.choice.branch, sizes, options.alpha == AUTO, options.sampling.temperature > 0)
+        if path in self._rehearsed:
+            return prepared
+        self._rehearse(prepared, options, streamed)
+        self._rehearsed.add(path)
+        watch.restart()
+        return self._prepare(requests, options, watch)
+
+    def _rehearse(self, prepared: Sequence[_Prepared], options: Options, streamed: bool) -> None:
+        """Begins the answer once for nothing, as far as every program of it has run."""
+        draws, most = options.sampling.draws([0]), options.max_new_tokens
+        started = self._start(prepared, draws, options, Stopwatch(PROGRAMS))
+        if streamed:
+            list(itertools.islice(self._generator.stream(started, draws, most), _REHEARSED_TOKENS))
+        else:
+            self._generator.finish(started, draws, min(_REHEARSED_TOKENS, most))
 
     def _prepare(self, requests: Sequence[Request], options: Options, watch: Stopwatch) -> list[_Prepared]:
         with watch.step(IMAGE_DECODING):
@@ -380,18 +419,8 @@ class Assistant:
 def _answer(
     item: _Prepared, text: str, tokens: Sequence[int], stopped: bool, milliseconds: Mapping[str, float]
 ) -> Answer:
-    return Answer(
-        text=text,
-        tokens=tuple(tokens),
-        stopped=stopped,
-        alphas=item.choice.alphas,
-        tiles=len(item.tiles),
-        visual_tokens=item.visual_tokens,
-        prompt_tokens=len(item.prompt.tokens),
-        milliseconds=milliseconds,
-        branch=item.choice.branch,
-        reason=item.choice.reason,
-    )
+    choice, counts = item.choice, (len(item.tiles), item.visual_tokens, len(item.prompt.tokens))
+    return Answer(text, tuple(tokens), stopped, choice.alphas, *counts, milliseconds, choice.branch, choice.reason)
 
 
 def _decode_images(images: Sequence[bytes | Rgb]) -> list[Rgb]:
@@ -412,8 +441,10 @@ def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
 
 def inference_runtime(tile_chunk: int = 1) -> RuntimeConfig:
     """How inference computes on this machine: bfloat16 on accelerators, float32 on CPUs, nothing rematerialised."""
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return RuntimeConfig(dtype=dtype, decoder_remat="none", tower_remat="none", tile_chunk=tile_chunk)
+    platform = jax.default_backend()
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    runtime = RuntimeConfig(dtype=dtype, decoder_remat="none", tower_remat="none", tile_chunk=tile_chunk)
+    return resolve_kernels(runtime, platform)
 
 
 def inference_dtypes(abstract: Any, dtype: str) -> Any:

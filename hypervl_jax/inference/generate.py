@@ -310,6 +310,7 @@ class Stopwatch:
 
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
+        self._began, self._start_up = time.perf_counter(), 0.0
         self._compiled_before = programs.compile_ms
         self._steps: dict[str, float] = {}
 
@@ -321,9 +322,15 @@ class Stopwatch:
         elapsed = 1000 * (time.perf_counter() - began) - (self._programs.compile_ms - compiled)
         self._steps[name] = self._steps.get(name, 0.0) + elapsed
 
+    def restart(self) -> None:
+        """Begins anew; all time until now counts as compilation, since it went into making programs ready."""
+        self._start_up = 1000 * (time.perf_counter() - self._began)
+        self._compiled_before = self._programs.compile_ms
+        self._steps = {}
+
     def milliseconds(self, requests: int) -> dict[str, float]:
         """What each of `requests` took."""
-        compilation = self._programs.compile_ms - self._compiled_before
+        compilation = self._start_up + self._programs.compile_ms - self._compiled_before
         steps = self._steps | ({COMPILATION: compilation} if compilation else {})
         return {name: milliseconds / requests for name, milliseconds in steps.items()}
 

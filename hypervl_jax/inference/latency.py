@@ -16,7 +16,7 @@ from hypervl_jax.architecture import BRANCHES, HyperVLConfig, TilingConfig, to_j
 from hypervl_jax.inference.generate import LENGTH_BUCKET, NEW_TOKENS_BUCKET, bucket
 from hypervl_jax.vision.anyres import ImagePlan, plan_image, prompt_tokens
 
-PROFILE_FORMAT = 1
+PROFILE_FORMAT = 2
 ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Limits on α that a budget may impose, the largest first."""
 
@@ -40,10 +40,15 @@ class DeviceProfile:
         device, date, versions: where, when (ISO 8601) and with what it was measured.
         model: `model_digest` of the configuration that was measured.
         dtype: compute dtype.
-        compressor: an image through proxy and VRC.
-        resize_per_megapixel: resize and tiling, per 10⁶ pixels of the source image.
-        tower_per_tile, projector_per_tile: by branch.
+        compressor: an image of the proxy's own size through proxy and VRC.
+        proxy_per_megapixel: more for a larger image, per 10⁶ of its pixels.
+        resize_per_megapixel: per 10⁶ pixels of the source image.
+        tiling_per_tile: writing the resized pixels, per tile.
+        encoder: tower and projector as they run in an answer, by branch and number of tiles.
+        tower_per_tile, projector_per_tile: the parts of `encoder`, one tile through a program of its own, by branch. They say
+            where time goes; predictions count with `encoder`, in which starting a program is paid once.
         prefill: by prompt length in tokens.
+        decode_start: before the second token, by slots of the cache.
         decode: of one token, by slots of the cache.
     """
 
@@ -53,10 +58,14 @@ class DeviceProfile:
     model: str
     dtype: str
     compressor: float
+    proxy_per_megapixel: float
     resize_per_megapixel: float
+    tiling_per_tile: float
+    encoder: Mapping[str, Points]
     tower_per_tile: Mapping[str, float]
     projector_per_tile: Mapping[str, float]
     prefill: Points
+    decode_start: Points
     decode: Points
 
 
@@ -69,7 +78,7 @@ class Workload:
         tiles: to encode.
         tokens: of the prompt, visual ones included.
         new_tokens: to generate, at most.
-        compressed_images: images that pass through the VRC.
+        compressed_images: images that pass through the VRC: all of them or none.
     """
 
     megapixels: float
@@ -118,16 +127,20 @@ def load_profile(path: str | Path, config: HyperVLConfig) -> DeviceProfile:
 def _parse(values: dict[str, Any]) -> DeviceProfile:
     if values.pop("format_version") != PROFILE_FORMAT:
         raise ValueError("another format")
-    for name in ("compressor", "resize_per_megapixel"):
+    for name in ("compressor", "proxy_per_megapixel", "resize_per_megapixel", "tiling_per_tile"):
         values[name] = float(values[name])
     for name in ("tower_per_tile", "projector_per_tile"):
         values[name] = {branch: float(values[name][branch]) for branch in BRANCHES}
-    for name in ("prefill", "decode"):
-        points = tuple(sorted((int(size), float(milliseconds)) for size, milliseconds in values[name]))
-        if not points:
-            raise ValueError(f"no {name} points")
-        values[name] = points
+    for name in ("prefill", "decode_start", "decode"):
+        values[name] = _parse_points(values[name])
+    values["encoder"] = {branch: _parse_points(values["encoder"][branch]) for branch in BRANCHES}
     return DeviceProfile(**values)
+
+
+def _parse_points(pairs: Sequence[tuple[int, float]]) -> Points:
+    if not pairs:
+        raise ValueError("no points")
+    return tuple(sorted((int(size), float(milliseconds)) for size, milliseconds in pairs))
 
 
 def interpolate(points: Points, size: int) -> float:
@@ -144,17 +157,17 @@ def interpolate(points: Points, size: int) -> float:
 
 
 def predict(profile: DeviceProfile, branch: str, work: Workload) -> dict[str, float]:
-    """Milliseconds of each of `STEPS` when a request is answered alone."""
+    """Milliseconds of each of `STEPS` when a request is answered alone, as a whole (a stream starts a program a token)."""
     length = bucket(work.tokens, LENGTH_BUCKET)
     slots = length + bucket(work.new_tokens, NEW_TOKENS_BUCKET)
-    per_tile = profile.tower_per_tile[branch] + profile.projector_per_tile[branch]
+    proxies = work.megapixels * profile.proxy_per_megapixel if work.compressed_images else 0.0
     return {
-        COMPRESSOR_STEP: work.compressed_images * profile.compressor,
-        RESIZE: work.megapixels * profile.resize_per_megapixel,
-        ENCODER: bucket(work.tiles) * per_tile if work.tiles else 0.0,
+        COMPRESSOR_STEP: work.compressed_images * profile.compressor + proxies,
+        RESIZE: work.megapixels * profile.resize_per_megapixel + work.tiles * profile.tiling_per_tile,
+        ENCODER: interpolate(profile.encoder[branch], bucket(work.tiles)) if work.tiles else 0.0,
         PREFILL: interpolate(profile.prefill, length),
         # Prefill gives the first token.
-        DECODE: (work.new_tokens - 1) * interpolate(profile.decode, slots),
+        DECODE: interpolate(profile.decode_start, slots) + (work.new_tokens - 1) * interpolate(profile.decode, slots),
     }
 
 

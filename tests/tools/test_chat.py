@@ -4,56 +4,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from hypervl_jax.architecture import BRANCHES, hypervl_tiny
+from hypervl_jax.architecture import BRANCHES
 from hypervl_jax.inference.latency import DeviceProfile, model_digest, save_profile
 from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
-from hypervl_jax.models.runtime import RuntimeConfig
-from hypervl_jax.text.tokenizer import train_sentencepiece
-from hypervl_jax.training.checkpoint import CheckpointConfig, Checkpoints, Description, write_description
-from hypervl_jax.training.state import TrainState, abstract_parameters, initial_counters
+from tests.tools.runs import CONFIG, random_like, write_run
 from tools import chat
 
-CONFIG = hypervl_tiny()
-RUNTIME = RuntimeConfig(dtype="float32")
-TEXTS = ["What is the number in the picture? How many red circles are there? user assistant"]
 Run = Callable[..., tuple[int, str, str]]
-
-
-def random_like(abstract: Any) -> Any:
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(centre, 0.15, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract)
-
-
-def write_run(workdir: Path, params: Any, tokenizer: Path | None) -> None:
-    checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig(asynchronous=False))
-    checkpoints.save(TrainState(jnp.int32(1), params, {}, initial_counters(1)), jnp.zeros((1, 1), jnp.int32), {})
-    checkpoints.close()
-    write_description(workdir / "checkpoints", Description(CONFIG, {}, tokenizer))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Workdirs of a model and a compressor, a device profile, a picture, and a file that is none."""
     home = tmp_path_factory.mktemp("home")
-    train_sentencepiece(TEXTS, home / "tokenizer.model", vocab_size=310).save(home / "tokenizer")
-    write_run(home / "run", random_like(abstract_parameters(CONFIG, RUNTIME)[0]), home / "tokenizer")
+    write_run(home / "run")
     vrc = CONFIG.compressor
     save_compressor(home / "compressor", vrc, random_like(abstract_compressor(vrc)), {})
     per_tile = {branch: 10.0 * (1 + number) for number, branch in enumerate(BRANCHES)}
-    points = ((64, 1.0),)
     profile = DeviceProfile(
-        "cpu", "", {}, model_digest(CONFIG), "float32", 1.0, 1.0, per_tile, per_tile, points, points
+        device="cpu",
+        date="",
+        versions={},
+        model=model_digest(CONFIG),
+        dtype="float32",
+        compressor=1.0,
+        proxy_per_megapixel=1.0,
+        resize_per_megapixel=1.0,
+        tiling_per_tile=0.0,
+        encoder={branch: ((1, 2 * milliseconds),) for branch, milliseconds in per_tile.items()},
+        tower_per_tile=per_tile,
+        projector_per_tile=per_tile,
+        prefill=((64, 1.0),),
+        decode_start=((64, 0.0),),
+        decode=((64, 1.0),),
     )
     save_profile(profile, home / "profile.json")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 120, 3), dtype=np.uint8)).save(home / "photo.png")

@@ -1,5 +1,6 @@
 """Labelling and compressor training end to end, on a small random model and small sources."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -153,6 +154,19 @@ def test_a_killed_run_goes_on_with_the_missing_file(labelled, checkpoint, data, 
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
+def test_each_image_is_decoded_once(checkpoint, data, tmp_path, monkeypatch):
+    decoded = collections.Counter()
+
+    def counting(image: bytes) -> np.ndarray:
+        decoded[image] += 1
+        return decode_image(image)
+
+    monkeypatch.setattr(label_resolutions, "decode_image", counting)
+    assert len(label(checkpoint, data, tmp_path / "labels", sources=["two"]).labels) == 4
+    # Four pictures of one size, and the grey one that stands for all of them.
+    assert list(decoded.values()) == [1] * 5
+
+
 def test_labels_of_another_question_are_not_mixed(labelled, checkpoint, data, monkeypatch):
     monkeypatch.setattr(label_resolutions, "IMAGES_PER_FILE", 4)
     for change, key in (({"encoder": "large"}, "encoder, weights"), ({"limit": 2}, "files, limit")):
@@ -206,10 +220,27 @@ def test_the_commands_print_json(labelled, checkpoint, data, tmp_path, capsys, m
     assert label_resolutions.main([*common, "--sources", "one,two", "--output", labels]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["resumed"], printed["tasks"]["test"]["images"]) == (14, 14)
-    command = [*common, "--labels", labels, "--output", str(tmp_path / "vrc"), "--steps", "2", "--batch-size", "4"]
+    workdir = ["--checkpoint", str(checkpoint.parent)]
+    assert label_resolutions.main([*common, *workdir, "--sources", "one,two", "--output", labels]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed"] == 14, "a workdir stands for its checkpoints"
+    assert label_resolutions.main([*common, "--sources", "one", "--output", labels]) == 2
+    assert label_resolutions.main([*common, "--sources", "one", "--output", "/proc/nope"]) == 2
+    assert "error: '/proc/nope': No such file or directory; give another path\n" in capsys.readouterr().err
+    command = [
+        *common,
+        *workdir,
+        "--labels",
+        labels,
+        "--output",
+        str(tmp_path / "vrc"),
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+    ]
     assert train_compressor.main(command) == 0
     assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"test", "all"}
-    assert train_compressor.main(command) == 1
+    assert train_compressor.main(command) == 2
     assert "already exists" in capsys.readouterr().err
 
 
@@ -227,6 +258,12 @@ def test_a_saved_compressor_that_does_not_fit_is_refused(tmp_path):
     description.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="its description needs"):
         load_compressor(tmp_path / "vrc")
+    for damage in ({"stages": 3}, {"stages": None}, {"width": 1}, {"norm": "batch"}):
+        description.write_text(json.dumps({**values, "compressor": {**values["compressor"], **damage}}))
+        with pytest.raises(CheckpointError, match="does not describe a compressor"):
+            load_compressor(tmp_path / "vrc")
+    values["compressor"]["hidden_size"] = 16
+    description.write_text(json.dumps(values))
     (tmp_path / "vrc" / "compressor.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_compressor(tmp_path / "vrc")

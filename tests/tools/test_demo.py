@@ -17,11 +17,16 @@ from rich.console import Console
 from experiments.launch import parse, resolve
 from tools import label_resolutions, train_compressor
 from tools import report as report_tool
-from tools.demo import HOME, Demo, DemoError, Step, main, read_record, run_command, step_keys, steps
+from tools.demo import HOME, Demo, DemoError, Step, main, read_record, run_command, step_keys, steps, what_runs
 from tools.evaluate import parser as evaluate_parser
 from tools.evaluate import planned
 
 CONSOLE = Console(stderr=True, quiet=True)
+
+
+def plan(*planned: Step):
+    """These steps, wherever they are asked for."""
+    return lambda workdir: planned
 
 
 def archive(workdir: pathlib.Path, name: str, *sources: str) -> Step:
@@ -33,9 +38,9 @@ def archive(workdir: pathlib.Path, name: str, *sources: str) -> Step:
 
 def test_every_step_runs_once(tmp_path: pathlib.Path) -> None:
     planned_steps = [archive(tmp_path / "w", "a", "setup.py"), archive(tmp_path / "w", "b", "Makefile")]
-    assert Demo(tmp_path / "w", planned_steps, CONSOLE).run()
+    assert Demo(tmp_path / "w", plan(*planned_steps), CONSOLE).run()
     stamps = [step.product.stat().st_mtime_ns for step in planned_steps]
-    assert not Demo(tmp_path / "w", planned_steps, CONSOLE).run()
+    assert not Demo(tmp_path / "w", plan(*planned_steps), CONSOLE).run()
     assert [step.product.stat().st_mtime_ns for step in planned_steps] == stamps
     record = read_record(tmp_path / "w")
     assert [(name, step.complete, step.seconds > 0) for name, step in record.items()] == [
@@ -48,25 +53,25 @@ def test_every_step_runs_once(tmp_path: pathlib.Path) -> None:
 def test_a_changed_step_and_all_after_it_are_made_again(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "w"
     first, last = archive(workdir, "a", "setup.py"), archive(workdir, "c", "LICENSE")
-    Demo(workdir, [first, archive(workdir, "b", "Makefile"), last], CONSOLE).run()
+    Demo(workdir, plan(first, archive(workdir, "b", "Makefile"), last), CONSOLE).run()
     stamps = {name: (workdir / f"{name}.zip").stat().st_mtime_ns for name in "abc"}
-    assert Demo(workdir, [first, archive(workdir, "b", "pyproject.toml"), last], CONSOLE).run()
+    assert Demo(workdir, plan(first, archive(workdir, "b", "pyproject.toml"), last), CONSOLE).run()
     changed = {name for name, stamp in stamps.items() if (workdir / f"{name}.zip").stat().st_mtime_ns != stamp}
     assert changed == {"b", "c"}
 
 
 def test_a_step_whose_product_is_gone_is_made_again(tmp_path: pathlib.Path) -> None:
     step = archive(tmp_path / "w", "a", "setup.py")
-    Demo(tmp_path / "w", [step], CONSOLE).run()
+    Demo(tmp_path / "w", plan(step), CONSOLE).run()
     step.product.unlink()
-    assert Demo(tmp_path / "w", [step], CONSOLE).run()
+    assert Demo(tmp_path / "w", plan(step), CONSOLE).run()
     assert step.product.exists()
 
 
 def test_a_failing_step_stops_the_demo_and_is_tried_again(tmp_path: pathlib.Path) -> None:
     broken = dataclasses.replace(archive(tmp_path / "w", "b"), command=("zipfile", "-l", str(tmp_path / "missing.zip")))
     with pytest.raises(DemoError, match=r"(?s)pack b ended with status 1.*python -m zipfile.*goes on from here"):
-        Demo(tmp_path / "w", [archive(tmp_path / "w", "a", "setup.py"), broken], CONSOLE).run()
+        Demo(tmp_path / "w", plan(archive(tmp_path / "w", "a", "setup.py"), broken), CONSOLE).run()
     record = read_record(tmp_path / "w")
     assert [(name, step.complete) for name, step in record.items()] == [("a", True), ("b", False)]
 
@@ -79,12 +84,31 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: pathlib.Path, cap
 
 
 def test_code_that_defines_a_step_is_part_of_its_key(tmp_path: pathlib.Path) -> None:
-    keys = step_keys(steps(tmp_path))
-    without = [dataclasses.replace(step, code=()) for step in steps(tmp_path)]
+    keys = step_keys(steps)
+    without = [dataclasses.replace(step, code=()) for step in steps(pathlib.Path("WORKDIR"))]
     assert len(set(keys.values())) == len(keys) == 8
-    assert not set(keys.values()) & set(step_keys(without).values())
+    assert not set(keys.values()) & set(step_keys(plan(*without)).values())
     for step in steps(tmp_path):
         assert all(list(HOME.glob(pattern)) for pattern in step.code), step.name
+
+
+def test_a_finished_step_stays_however_its_directory_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = lambda workdir: [archive(workdir, "a", "setup.py")]
+    assert Demo(pathlib.Path("w"), made, CONSOLE).run()
+    for written in (tmp_path / "w", pathlib.Path("../") / tmp_path.name / "w"):
+        assert not Demo(written, made, CONSOLE).run()
+    monkeypatch.chdir(tmp_path / "w")
+    assert not Demo(pathlib.Path("."), made, CONSOLE).run()
+
+
+def test_only_what_runs_counts_of_the_code() -> None:
+    source = 'LIMIT = 3\n"""Most."""\n\n\ndef limit() -> int:\n    return LIMIT\n'
+    reworded = '"""A module."""\nLIMIT = 3  # most\n\n\ndef limit() -> int:\n    """The limit."""\n    return LIMIT\n'
+    assert what_runs(source) == what_runs(reworded)
+    assert what_runs(source) != what_runs(source.replace("3", "4"))
 
 
 def test_interrupting_a_command_lets_it_save(tmp_path: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,26 @@ def test_a_directory_without_a_run_gives_no_page(tmp_path: pathlib.Path, capsys:
     assert report.main(["--workdir", str(tmp_path)]) == 2
     assert "no metrics.jsonl and no evaluation" in capsys.readouterr().err
     assert report.main(["--workdir", str(tmp_path / "missing")]) == 2
+
+
+def test_the_page_is_told_as_json(home: pathlib.Path, summary: dict, capsys: pytest.CaptureFixture) -> None:
+    output = home / "again.html"
+    command = ["--workdir", str(home / "run"), "--data", str(home / "data"), "--output", str(output), "--json"]
+    assert report.main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["page"], told["results"], told["runs"]) == (str(output), 2 * 6 * 2 * 4, {})
+    assert "step 7, split heldout" in told["facts"]["Evaluated"]
+
+
+def test_an_output_that_cannot_be_written_is_a_sentence(
+    home: pathlib.Path, summary: dict, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments(home, "--tasks", "digits", "--limit", "1", "--output", "/proc/nope")) == 2
+    assert report.main(["--workdir", str(home / "run"), "--output", "/proc/nope/page.html"]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert re.match(r"(no samples|error: '/proc/nope.*': No such file or directory; give another path$)", line), (
+            line
+        )
 
 
 def test_items_are_the_records(home: pathlib.Path) -> None:

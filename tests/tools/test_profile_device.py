@@ -21,12 +21,16 @@ def test_a_measured_profile_predicts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert jax.devices()[0].device_kind in profile.device
     assert [size for size, _ in profile.prefill] == [64]
     assert [size for size, _ in profile.decode] == [80]
+    assert [tiles for tiles, _ in profile.encoder["base"]] == [1, 12]
+    assert [slots for slots, _ in profile.decode_start] == [80]
     numbers = [profile.compressor, profile.resize_per_megapixel, *profile.tower_per_tile.values()]
+    numbers += [milliseconds for branch in BRANCHES for _, milliseconds in profile.encoder[branch]]
     numbers += [*profile.projector_per_tile.values(), profile.prefill[0][1], profile.decode[0][1]]
     assert all(milliseconds > 0 for milliseconds in numbers)
     for branch in BRANCHES:
         assert all(milliseconds > 0 for milliseconds in predict(profile, branch, Workload(1.0, 4, 80, 32, 1)).values())
     assert "large tower" in output.err
+    assert "base encoder, 12 tiles" in output.err
     assert str(path) in output.err.replace("\n", "")
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypervl_jax.inference.assistant import (
     inference_dtypes,
     load_assistant,
 )
-from hypervl_jax.inference.generate import Sampling
+from hypervl_jax.inference.generate import COMPILATION, PROGRAMS, Sampling
 from hypervl_jax.inference.latency import DeviceProfile, choose
 from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
@@ -210,10 +211,14 @@ PROFILE = DeviceProfile(
     model="",
     dtype="float32",
     compressor=2.0,
+    proxy_per_megapixel=3.0,
     resize_per_megapixel=100.0,
+    tiling_per_tile=0.0,
+    encoder={"base": ((1, 11.0),), "large": ((1, 42.0),)},
     tower_per_tile={"base": 10.0, "large": 40.0},
     projector_per_tile={"base": 1.0, "large": 2.0},
     prefill=((32, 8.0), (128, 32.0)),
+    decode_start=((48, 0.0),),
     decode=((48, 1.0), (112, 3.0)),
 )
 
@@ -241,12 +246,37 @@ def test_a_budget_chooses_branch_and_alpha_on_both_sides_of_its_threshold(assist
     assert limited.reason.startswith("nothing fits 1 ms")
 
 
+def test_under_a_budget_programs_run_once_before_time_is_measured(assistant: Assistant) -> None:
+    fresh = Assistant(assistant.config, assistant.runtime, assistant.params, assistant.tokenizer)
+    request, plain = ask("How many circles? " * 5, picture(64, 120)), dataclasses.replace(SHORT, encoder="base")
+    budgeted = dataclasses.replace(plain, budget=LatencyBudget(PROFILE, 1e6))
+
+    def streamed(options: Options) -> Answer:
+        stream = fresh.stream(request, options)
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                return end.value
+
+    for way in (lambda options: fresh.answer([request], options)[0], streamed):
+        expected = way(plain)
+        before = PROGRAMS.compile_ms
+        first, second = way(budgeted), way(budgeted)
+        assert first.milliseconds[COMPILATION] > PROGRAMS.compile_ms - before, "the first run is not compilation alone"
+        assert COMPILATION not in second.milliseconds
+        assert first.tokens == second.tokens == expected.tokens
+
+
 def test_options_that_cannot_work_are_refused(assistant: Assistant, params: dict) -> None:
     for alpha in (0.05, 1.5, "full"):
         with pytest.raises(ConfigError, match=r"from 0\.1 to 1"):
             Options(alpha=alpha)
     with pytest.raises(ConfigError, match="latency budget"):
         Options(encoder="auto")
+    for milliseconds in (math.nan, math.inf, -5.0, 0.0):
+        with pytest.raises(ConfigError, match=f"a latency budget of {milliseconds:g} ms is none"):
+            LatencyBudget(PROFILE, milliseconds)
     with pytest.raises(ConfigError, match="not one of base, large, auto"):
         Options(encoder="huge")
     with pytest.raises(ConfigError, match="max_new_tokens 0"):

@@ -27,10 +27,14 @@ PROFILE = DeviceProfile(
     model="",
     dtype="float32",
     compressor=2.0,
+    proxy_per_megapixel=3.0,
     resize_per_megapixel=100.0,
+    tiling_per_tile=0.5,
+    encoder={"base": ((1, 15.0), (9, 95.0)), "large": ((1, 50.0), (9, 370.0))},
     tower_per_tile={"base": 10.0, "large": 40.0},
     projector_per_tile={"base": 1.0, "large": 2.0},
     prefill=((32, 8.0), (128, 32.0), (256, 80.0)),
+    decode_start=((48, 2.0), (112, 4.0)),
     decode=((48, 1.0), (112, 3.0)),
 )
 # 128 x 128 pixels at α = 1: 4 tiles and 64 visual tokens.
@@ -55,11 +59,11 @@ def test_interpolation() -> None:
 
 
 def test_prediction_counts_the_padded_sizes_that_run() -> None:
-    # 5 tiles run as 6, 84 tokens as 96, and 96 + 16 slots hold the cache; prefill gives the first of 11 tokens.
+    # 5 tiles run as 6 (but are written as 5), 84 tokens as 96, and 96 + 16 slots hold the cache; prefill gives the first of 11 tokens.
     predicted = predict(PROFILE, "large", Workload(0.5, tiles=5, tokens=84, new_tokens=11, compressed_images=2))
-    assert predicted == {"compressor": 4.0, "resize": 50.0, "encoder": 6 * 42.0, "prefill": 24.0, "decode": 30.0}
+    assert predicted == {"compressor": 5.5, "resize": 52.5, "encoder": 250.0, "prefill": 24.0, "decode": 34.0}
     without = predict(PROFILE, "base", Workload(0.0, tiles=0, tokens=20, new_tokens=1, compressed_images=0))
-    assert without == {"compressor": 0.0, "resize": 0.0, "encoder": 0.0, "prefill": 8.0, "decode": 0.0}
+    assert without == {"compressor": 0.0, "resize": 0.0, "encoder": 0.0, "prefill": 8.0, "decode": 2.0}
 
 
 def test_the_largest_branch_and_alpha_are_taken_until_the_budget_is_passed() -> None:
@@ -105,7 +109,7 @@ def test_the_reason_gives_the_numbers_of_both_sides() -> None:
 def test_a_limit_never_raises_the_wanted_alpha() -> None:
     choice = choose(PROFILE, SIZES * 2, TEXT, NEW, 1e9, TILING, wanted=(0.3, 0.9), limits=(0.5,), compressed=True)
     assert choice.alphas == (0.3, 0.5)
-    assert choice.predicted_ms["compressor"] == 4.0
+    assert choice.predicted_ms["compressor"] == pytest.approx(2 * 2.0 + 2 * 128 * 128 / 1e6 * 3.0)
 
 
 def test_text_alone_takes_the_largest_branch() -> None:
@@ -129,6 +133,8 @@ def test_profiles_are_saved_and_checked(tmp_path: Path, config: HyperVLConfig) -
     "damage",
     [
         {"prefill": []},
+        {"encoder": {"base": [[1, 1.0]]}},
+        {"encoder": {"base": [[1, 1.0]], "large": []}},
         {"tower_per_tile": {"base": 1.0}},
         {"format_version": 0},
         {"compressor": None},
