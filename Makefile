@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO_DIR ?= runs/demo
+# The TPU compiler is installed for the tests; without this JAX would look for TPUs and complain on standard error.
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: install demo test test-all lint format clean
 
