@@ -24,6 +24,7 @@ from hypervl_jax.training.telemetry.goodput import read_goodput
 from hypervl_jax.training.telemetry.monitor import MonitorConfig
 from hypervl_jax.training.telemetry.profiling import StepRange
 from tests.experiments.processes import read_arrays
+from tests.isolated import in_own_process
 from tests.small import RUNTIME, SHAPE, SOURCES, random_batch, small_architecture
 
 
@@ -242,6 +243,7 @@ def test_the_loop_makes_one_transfer_for_each_log_window(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+@in_own_process
 def test_what_a_run_writes_about_itself(tmp_path):
     trainer = make_trainer(
         tmp_path, {"steps": 8, "log_every": 4}, monitoring=MonitorConfig(profile_steps=StepRange(2, 4))

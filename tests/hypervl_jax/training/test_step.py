@@ -244,8 +244,8 @@ def test_tokens_are_counted_by_source(setup):
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=2, fsdp=2, tensor=2),
-        MeshConfig(data=1, fsdp=4, tensor=2),
+        pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
         MeshConfig(slice=2, data=1, fsdp=2, tensor=2),
     ],
     ids=str,

@@ -4,6 +4,7 @@ import pytest
 
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.training.telemetry.profiling import StepProfiler, StepRange, parse_steps
+from tests.isolated import in_own_process
 
 
 def test_steps_are_written_as_a_range():
@@ -20,6 +21,7 @@ def traces(directory):
     return sorted((directory / "profile").rglob("*.xplane.pb"))
 
 
+@in_own_process
 def test_the_chosen_steps_and_no_others_are_traced(tmp_path):
     profiler, step = StepProfiler(tmp_path, StepRange(2, 4)), jax.jit(lambda x: jnp.sin(x) + 1)
     x, said = jnp.ones(8), {}
@@ -41,6 +43,7 @@ def test_the_chosen_steps_and_no_others_are_traced(tmp_path):
     assert profiler.close(x) is None
 
 
+@in_own_process
 def test_a_start_within_the_range_traces_the_rest_and_its_end_closes_the_trace(tmp_path):
     profiler = StepProfiler(tmp_path, StepRange(2, 10))
     assert profiler.before(7, None) is None
