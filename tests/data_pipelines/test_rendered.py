@@ -155,7 +155,7 @@ def test_sizes_and_levels_are_graded(task: str, heldout: dict[str, list[Record]]
     tiling = hypervl_tiny().tiling
     sizes = [image_size(record.images[0]) for record in heldout[task]]
     tiles = [plan_image(*size, 1.0, tiling).tiles for size in sizes]
-    assert np.mean([count >= 3 for count in tiles]) >= 0.25
+    assert np.mean([count >= 3 for count in tiles]) >= 0.1
     assert np.mean([count == 1 for count in tiles]) >= 0.25
     # None is scaled down by the tile budget.
     assert all(plan_image(*size, 1.0, tiling).height == size[0] for size in sizes)
