@@ -283,5 +283,5 @@ def test_a_hand_over_to_another_tokenizer_is_refused(data, launched, retaught, t
     before, now = load_tokenizer(data).fingerprint, load_tokenizer(retaught).fingerprint
     error = capsys.readouterr().err
     assert f"was trained with tokenizer and chat template {before!r}, {retaught} is {now!r}" in error
-    assert "Make this stage's data with the earlier stage's tokenizer" in error
+    assert "Make this run's data with its tokenizer" in error
     assert not (tmp_path / "run").exists()
