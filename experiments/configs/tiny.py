@@ -6,10 +6,9 @@ cores; the code is that of the full size.
 - Architecture: both towers, both projectors and a decoder of the same kinds, 64-pixel tiles of 16 tokens; the vocabulary is
   that of the embedded SentencePiece model. Computed in float32, which CPUs are fastest and exact with.
 - Batch: 4 rows of 256 positions and 12 tiles (192 visual tokens): attention over short rows is cheap, and in a fixed time many
-  small steps learn to read pictures sooner than few large ones (by held-out loss, in short trials on a busy two-core machine).
-- Every part starts from random parameters and is trained with one rate: there is nothing pretrained to protect. With 1e-3 held-out
-  losses fell below those of a model that ignores the pictures within 300 steps of 16 rows; in trials on an earlier version of the
-  data, 2e-3 (600 steps) and 3e-3 (300 steps) had not got there.
+  small steps got further than few large ones (by held-out loss, in short trials on earlier data).
+- Every part starts from random parameters and is trained with one rate: there is nothing pretrained to protect. 1e-3 began to use the
+  pictures where 2e-3 and 3e-3 had not, in short trials on earlier data.
 - Mixture: shares of tokens; the four picture tasks alike, some captions, little text.
 - α jitter 0.25: VRC labels come from this model, so it must have seen scaled images.
 
