@@ -80,7 +80,8 @@ class LaunchError(Exception):
     """What was asked for cannot be started; the message says why and what to do."""
 
 
-def _positive(text: str) -> int:
+def positive_count(text: str) -> int:
+    """A whole number of 1 or more, for `argparse`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
     return int(text)
@@ -134,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--devices",
-        type=_positive,
+        type=positive_count,
         metavar="N",
         help="split the CPU into N devices, to try a mesh without accelerators",
     )

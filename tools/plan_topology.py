@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.experimental import serialize_executable
@@ -62,19 +63,45 @@ def parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="the built-in small size, to see the command work in a minute")
     layout = made.add_mutually_exclusive_group()
     layout.add_argument(
-        "--rows-per-chip", type=int, metavar="N", help="rows that a chip (or those that share a row) computes at a time"
+        "--rows-per-chip",
+        type=launch.positive_count,
+        metavar="N",
+        help="rows that a chip (or those that share a row) computes at a time",
     )
     layout.add_argument(
         "--search", action="store_true", help="find rows, rematerialisation and loss chunk with the best bound that fit"
     )
     add("--remat", metavar="DECODER/TOWER", help="rematerialisation, e.g. attention/tile")
-    add("--mfu", type=float, default=0.4, help="stated MFU for time and cost (default: 0.4)")
-    add("--price-per-chip-hour", type=float, metavar="P", help="for the cost, in any currency")
+    add("--mfu", type=_share, default=0.4, help="stated MFU for time and cost (default: 0.4)")
+    add("--price-per-chip-hour", type=_price, metavar="P", help="for the cost, in any currency")
     add("--save", metavar="DIR", help="write the plan, the HLO and the serialized executable there")
     shown = made.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print one JSON object a plan instead of tables")
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead of tables: the plan, or {plans: [...]} of several",
+    )
     shown.add_argument("--table", action="store_true", help="print the Markdown table of docs/scale.md")
     return made
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _price(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < math.inf, "a number of 0 or more")
+
+
+def _number(text: str, allowed: Callable[[float], bool], wanted: str) -> float:
+    """Refused here, before minutes of compilation."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
 
 
 def configured(
@@ -123,10 +150,8 @@ def save(directory: pathlib.Path, made: Compiled) -> None:
 
 
 def show(options: argparse.Namespace, made: Plan) -> None:
-    """One plan on standard output."""
-    if options.json:
-        print(json.dumps(plan_report.to_json(made)))
-    elif not options.table:
+    """One plan on standard output; JSON and the common table are printed at the end."""
+    if not options.json and not options.table:
         Console().print(plan_report.tables(made))
 
 
@@ -156,7 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     if options.table:
         print(plan_report.markdown(plans))
-    if not options.json:
+    if options.json:
+        described = [plan_report.to_json(made) for made in plans]
+        print(json.dumps({"plans": described} if len(described) > 1 else described[0]))
+    else:
         print(plan_report.CONVENTIONS)
     return SUCCESS
 

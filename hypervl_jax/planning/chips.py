@@ -8,7 +8,8 @@
 chips and v5p-4096 has 2,048; 4,096 v5p chips are v5p-8192 or v5p:16x16x16. A shape always counts chips.
 
 Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x (peak compute, HBM, ICI and DCN bandwidth, slice shapes, cores and
-chips of each shape). The v4 page gives no DCN figure; that generation is planned in single slices only.
+chips of each shape). The v4 page gives no DCN figure, so that generation is planned in single slices only, and no ICI figure was found on it either: v4's is
+our assumption of six links of 50 GB/s.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from jaxtyping import Float32, Int32, UInt8
 
 from hypervl_jax.architecture import TilingConfig, require
 
-PADDING_SEGMENT = 0
 TEXT_POSITION = -1
 
 

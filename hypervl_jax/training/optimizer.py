@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32
 
 from hypervl_jax.architecture import BRANCHES, DECODER, PARTS, require, require_positive
 
@@ -171,8 +171,3 @@ def apply_gradients(
         new_params[part] = jax.tree.map(keep, moved, params[part])
         new_moments[part] = jax.tree.map(keep, advanced, moments[part])
     return new_params, new_moments
-
-
-def applied_updates(moments: Any) -> Int32[Array, ""]:
-    """Adam's own count of a part."""
-    return optax.tree_utils.tree_get(moments, "count")

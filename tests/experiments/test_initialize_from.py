@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from data_pipelines.rendered.build import VOCAB_SIZE
 from experiments import launch, preflight
-from hypervl_jax.architecture import DecoderConfig, VisionConfig, hypervl_tiny
+from hypervl_jax.architecture import VisionConfig, hypervl_tiny
 from hypervl_jax.text.tokenizer import TEMPLATE_FILE, load_tokenizer
 from tests.experiments import processes
+from tests.references import qwen3_config, vision_values, whole_siglip
 
 TINY = hypervl_tiny(VOCAB_SIZE)
 STORED_GRID = 4
@@ -58,49 +59,9 @@ DECODER = {
 """Modules of a layer by our names and by those of `transformers`."""
 
 
-def vision_values(tower: VisionConfig, image_size: int) -> dict[str, object]:
-    """The tower as `transformers` configures it."""
-    return {
-        "hidden_size": tower.hidden_size,
-        "intermediate_size": tower.intermediate_size,
-        "num_hidden_layers": tower.num_layers,
-        "num_attention_heads": tower.num_heads,
-        "patch_size": tower.patch_size,
-        "image_size": image_size,
-    }
-
-
-def whole_siglip(tower: VisionConfig) -> SiglipModel:
-    """A model with both towers and pooling head, as SigLIP2 is published."""
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 30,
-    }
-    return SiglipModel(SiglipConfig(vision_config=vision_values(tower, tower.image_size), text_config=text))
-
-
 def tower_alone(tower: VisionConfig) -> SiglipVisionModel:
     """A vision tower that was made for smaller pictures."""
     return SiglipVisionModel(SiglipVisionConfig(**vision_values(tower, STORED_GRID * tower.patch_size)))
-
-
-def qwen3(decoder: DecoderConfig) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=decoder.vocab_size,
-            hidden_size=decoder.hidden_size,
-            intermediate_size=decoder.intermediate_size,
-            num_hidden_layers=decoder.num_layers,
-            num_attention_heads=decoder.num_heads,
-            num_key_value_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            rope_parameters={"rope_theta": decoder.rope_theta, "rope_type": "default"},
-            tie_word_embeddings=decoder.tie_embeddings,
-        )
-    )
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +71,7 @@ def published(tmp_path_factory) -> dict[str, pathlib.Path]:
     models = {
         "vision_base": whole_siglip(TINY.vision_base),
         "vision_large": tower_alone(TINY.vision_large),
-        "llm": qwen3(TINY.decoder),
+        "llm": Qwen3ForCausalLM(qwen3_config(TINY.decoder)),
     }
     home = tmp_path_factory.mktemp("published")
     for name, model in models.items():

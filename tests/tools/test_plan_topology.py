@@ -88,3 +88,21 @@ def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         plan_topology.main(["--config", "stage1", "--topology", "v5e-4", "--row-per-chip=2"])
     assert "--row-per-chip=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--mfu", "3", "'3' is not a number above 0 and at most 1"),
+        ("--mfu", "nan", "'nan' is not a number above 0"),
+        ("--price-per-chip-hour", "-1", "'-1' is not a number of 0 or more"),
+        ("--rows-per-chip", "0", "0 is not a whole number of 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_compiled(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        plan_topology.main(["--config", "stage2", "--topology", "v5e-256", f"{option}={value}"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

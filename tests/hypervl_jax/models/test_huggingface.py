@@ -11,12 +11,13 @@ import pytest
 import torch
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipConfig, SiglipModel
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hypervl_jax.architecture import DecoderConfig, VisionConfig, qwen3, siglip2
 from hypervl_jax.models import huggingface
 from hypervl_jax.models.safetensors_files import CheckpointError, read_directory
 from hypervl_jax.models.siglip2 import resample_positions
+from tests.references import whole_siglip
 
 VISION = VisionConfig(16, 24, 2, 2, patch_size=4, image_size=16)
 DECODER = DecoderConfig(40, 24, 32, 3, 4, 2, 6, rope_theta=1e4)
@@ -84,22 +85,7 @@ def test_decoder_round_trip_is_exact(decoder_directory):
 
 
 def test_whole_siglip_model_leaves_out_text_tower_and_pooling_head(tmp_path):
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": 4,
-        "image_size": 16,
-    }
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 30,
-    }
-    model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+    model = whole_siglip(VISION)
     model.save_pretrained(tmp_path)
     params, report = huggingface.load_vision(tmp_path, VISION)
     assert sum(x.size for x in jax.tree.leaves(params)) == VISION.parameter_count()

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import DecoderConfig, qwen3
 from hypervl_jax.models import huggingface
 from hypervl_jax.models.qwen3 import Decoder, KVCache, empty_cache, head_weights, logits
 from hypervl_jax.models.runtime import RuntimeConfig
+from tests.references import qwen3_config
 
 RUNTIME = RuntimeConfig(dtype="float32")
 SHAPES = {
@@ -27,20 +28,7 @@ SHAPES = {
 def reference_model(config: DecoderConfig, seed: int = 0) -> Qwen3ForCausalLM:
     """A `transformers` model of the same shape whose weights are all random, norms included."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope_parameters={"rope_theta": config.rope_theta, "rope_type": "default"},
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
+    model = Qwen3ForCausalLM(qwen3_config(config)).eval()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.15)
     return model
@@ -239,19 +227,7 @@ def test_flops_equal_the_compilers_count():
 def test_qwen3_1_7b_equals_transformers(tmp_path):
     config = qwen3("qwen3-1.7b")
     torch.manual_seed(0)
-    reference = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rope_parameters={"rope_theta": config.rope_theta, "rope_type": "default"},
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    reference = Qwen3ForCausalLM(qwen3_config(config)).eval()
     tokens = tokens_of(config, 1, 5)
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()

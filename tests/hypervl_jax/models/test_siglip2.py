@@ -13,6 +13,7 @@ from hypervl_jax.architecture import VisionConfig, siglip2
 from hypervl_jax.models import huggingface
 from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.models.siglip2 import VisionTower, resample_positions
+from tests.references import vision_values
 
 RUNTIME = RuntimeConfig(dtype="float32")
 SHAPES = {
@@ -25,16 +26,7 @@ SHAPES = {
 def reference_model(config: VisionConfig, spread: float | None = 0.15) -> SiglipVisionModel:
     """A `transformers` tower of the same shape, pooling head included; every weight is random unless `spread` is None."""
     torch.manual_seed(0)
-    model = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            patch_size=config.patch_size,
-            image_size=config.image_size,
-        )
-    ).eval()
+    model = SiglipVisionModel(SiglipVisionConfig(**vision_values(config))).eval()
     for name, parameter in model.named_parameters() if spread else ():
         is_scale = "norm" in name and name.endswith("weight")
         parameter.data.normal_(1.0 if is_scale else 0.0, spread)
