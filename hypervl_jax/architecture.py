@@ -356,7 +356,7 @@ def hypervl_2b(tile_size: int = 512, max_tiles: int = 12) -> HyperVLConfig:
     )
 
 
-def hypervl_tiny(vocab_size: int = 512) -> HyperVLConfig:
+def hypervl_tiny(vocab_size: int = 768) -> HyperVLConfig:
     """A model of the same kind that trains on two CPU cores: 64-pixel tiles of 8-pixel patches, 16 tokens a tile."""
     tiling = TilingConfig(tile_size=64, patch_size=8, shuffle=2, max_tiles=9)
     vision = VisionConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, patch_size=8, image_size=64)

@@ -37,7 +37,7 @@ from hypervl_jax.text.tokenizer import SENTENCEPIECE_FILE, TEMPLATE_FILE, Tokeni
 from hypervl_jax.vision.anyres import plan_image
 
 MARKER = "rendered.json"
-VOCAB_SIZE = 512
+VOCAB_SIZE = 768
 
 _CHUNK = 100
 """Items a process draws at a time: a fraction of a second."""
@@ -45,8 +45,9 @@ _CHUNK = 100
 _TOKENIZER_RECORDS = {"captions": 600, "text": 100} | dict.fromkeys(TASKS, 1000)
 """Records of each training source that the tokenizer is trained on, passages few, since some 180 merges must do."""
 
-_ANSWER_REPEATS = 12
-"""How often the tokenizer reads an answer: enough that every answer from a closed set becomes one token."""
+_COMMON_ANSWER = 0.01
+"""An answer of one word that comes so often, of a task's answers, is one token, alone as in a sentence: what captions teach
+about its id then holds for answers."""
 
 _MANY_TILES = 3
 
@@ -244,20 +245,20 @@ def _map_jobs(jobs: list[_Job], workers: int) -> Iterator[list[bytes]]:
 
 def _train_tokenizer(root: pathlib.Path, drawn: Mapping[tuple[str, str], list[bytes]]) -> Tokenizer:
     """Trains on the first records of each training source and saves the model with its template."""
-    texts = itertools.chain.from_iterable(
-        _texts(drawn[TRAIN, source][:count], _ANSWER_REPEATS if source in TASKS else 1)
-        for source, count in _TOKENIZER_RECORDS.items()
+    records = {source: [*map(decode, drawn[TRAIN, source][:count])] for source, count in _TOKENIZER_RECORDS.items()}
+    texts = (
+        turn.text.replace(IMAGE_SLOT, "") for record in itertools.chain(*records.values()) for turn in record.turns
     )
-    tokenizer = train_sentencepiece(texts, root / SENTENCEPIECE_FILE, VOCAB_SIZE)
+    answers = sorted(set().union(*(_common_answers(records[task]) for task in TASKS)))
+    tokenizer = train_sentencepiece(texts, root / SENTENCEPIECE_FILE, VOCAB_SIZE, answers)
     tokenizer.save(root)
     return tokenizer
 
 
-def _texts(records: Iterable[bytes], answer_repeats: int) -> Iterator[str]:
-    """The texts of records, turn by turn, as the tokenizer will meet them."""
-    for record in map(decode, records):
-        for turn in record.turns:
-            yield from [turn.text.replace(IMAGE_SLOT, "")] * (answer_repeats if turn.role == "assistant" else 1)
+def _common_answers(records: Iterable[Record]) -> set[str]:
+    """Answers of one word that come often among the answers of a task."""
+    counts = Counter(answer for record in records for _, answer in _question_answers(record))
+    return {word for word, count in counts.items() if word.isalpha() and count >= _COMMON_ANSWER * counts.total()}
 
 
 def _write_all(
@@ -279,6 +280,7 @@ def _write_all(
             licence=_LICENCES[source],
             description=_DESCRIPTIONS[source],
             tokenizer=tokenizer,
+            tiling=hypervl_tiny().tiling,
         )
         done += len(records)
         progress(f"writing {split}/{source}", done, total)

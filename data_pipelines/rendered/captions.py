@@ -10,17 +10,20 @@ from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 
 LICENCE = f"Apache-2.0; handwritten digits {digits.LICENCE}"
 
-_TURNS = ("digits", "scenes") * 3 + ("digits", "charts", "digits", "documents")
+_TURNS = ("digits", "scenes", "digits", "charts", "digits", "documents")
 """Half digits: what a cell of the picture shows is learned from them first."""
 
-_PROMPTS = ("Describe the picture.", "What do you see?", "Write a caption.")
+_PLAIN_SHARE = 0.9
+"""Captions whose picture is one full tile with little on it; the others are as in the questions."""
+
+_PROMPTS = ("Describe it.", "What do you see?", "Write a caption.")
 
 
 def caption_record(split: str, index: int) -> Record:
     """The caption record with a number; the generators take turns as `_TURNS` says."""
     rng = item_random(split, "captions", index)
     kind = _TURNS[index % len(_TURNS)]
-    picture = TASKS[kind].draw(rng, split)
+    picture = TASKS[kind].draw(rng, split, plain=rng.random() < _PLAIN_SHARE)
     turns = (Turn("user", f"{IMAGE_SLOT}{rng.choice(_PROMPTS)}"), Turn("assistant", picture.caption))
     metadata = {"kind": kind, "level": 1, "answer": picture.caption, "scale": picture.scale}
     return Record((picture.image,), turns, "captions", task="captions", metadata=metadata)

@@ -5,36 +5,39 @@ from __future__ import annotations
 import random
 
 from data_pipelines.rendered.pictures import (
+    CELL,
     COLOURS,
     PAPERS,
+    PLAIN_FRAME,
     Canvas,
     Colour,
     Frame,
     Picture,
     Question,
     choose_frame,
-    distinct_colours,
     encode_picture,
-    listing,
     plural,
     vary,
 )
 
 LICENCE = "Apache-2.0"
 
+PAINTS = ("red", "green", "blue", "orange", "purple", "black")
+"""Colours whose numbers can be read on white paper."""
+
 _TOP = 9
 """Values are whole numbers from 1 to 9, and an axis ends here."""
 
 _GRID: Colour = (205, 205, 205)
 _AXIS: Colour = (60, 60, 60)
-_KINDS = {"bar": 0.12, "line": 0.4, "pie": 0.3}
+_KINDS = {"bar": 0.3, "line": 0.75, "pie": 0.5}
 """How likely the kind is asked for, so that the three answers come equally often."""
 
 
-def draw(rng: random.Random, split: str) -> Picture:
-    """A chart with its questions; `split` only matters to generators with texts or scans."""
+def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+    """A chart with its questions, on one tile where `plain`; `split` only matters to generators with texts or scans."""
     del split
-    frame = choose_frame(rng)
+    frame = PLAIN_FRAME if plain else choose_frame(rng)
     kind, chart = rng.choices((("bar", _bars), ("line", _line), ("pie", _pie)), (50, 20, 30))[0]
     canvas, caption, questions = chart(rng, frame)
     questions.append(
@@ -78,46 +81,39 @@ def _values(rng: random.Random, count: int) -> list[int]:
 
 
 def _bars(rng: random.Random, frame: Frame) -> tuple[Canvas, str, list[Question]]:
-    count = rng.randint(2, min(6, (frame.width - 8) // 8))
-    values, names = _values(rng, count), distinct_colours(rng, count)
+    """Bars on columns of cells, each with its value below it in the bar's colour."""
+    count = rng.randint(2, min(4, frame.width // CELL))
+    values, names = _values(rng, count), rng.sample(PAINTS, count)
     canvas = Canvas(frame, rng.choice(PAPERS))
-    pitch = (frame.width - 8) / count
-    labelled = pitch >= 8 and rng.random() < 0.4
-    axes = _Axes(canvas, 14 if labelled else 4, rng.random() < 0.6)
-    bar = pitch * rng.uniform(0.6, 0.9)
+    pitch = CELL * (frame.width // CELL // count)
+    bottom = CELL * (frame.height // CELL - 1)
+    unit = (bottom - 2) / _TOP
     for index, (value, name) in enumerate(zip(values, names, strict=True)):
-        x = axes.left + 1 + index * pitch + (pitch - bar) / 2
-        canvas.draw.rectangle(canvas.box(x, axes.y(value), bar, value * axes.unit), vary(COLOURS[name], rng))
-        if labelled:
-            canvas.text(
-                x + bar / 2, axes.y(value) - 1, str(value), "Sans-Bold", min(16, max(9, pitch * 0.6)), _AXIS, "mb"
-            )
-    axes.draw_axes()
-    caption = (
-        f"A bar chart with {plural(count, 'bar')}: {listing(names)}. The tallest is {names[values.index(max(values))]}."
-    )
-    return canvas, caption, _bar_questions(rng, values, names, labelled or axes.unit >= 5)
+        left, colour = index * pitch, vary(COLOURS[name], rng)
+        canvas.draw.rectangle(canvas.box(left + 2, bottom - value * unit, CELL - 4, value * unit), colour)
+        canvas.text(left + CELL / 2, bottom + CELL / 2, str(value), "Sans-Bold", CELL, colour, "mm")
+    canvas.draw.line(canvas.points((0, bottom), (frame.width, bottom)), _AXIS, canvas.pixels(1))
+    tallest = names[values.index(max(values))]
+    shown = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    return canvas, f"A bar chart: {shown}, {tallest} tallest.", _bar_questions(rng, values, names)
 
 
-def _bar_questions(rng: random.Random, values: list[int], names: list[str], readable: bool) -> list[Question]:
+def _bar_questions(rng: random.Random, values: list[int], names: list[str]) -> list[Question]:
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     ranked, ranked_names = [values[index] for index in order], [names[index] for index in order]
     asked = rng.choice(("What colour is the tallest bar?", "Which colour has the tallest bar?"))
     questions = [
         Question("tallest", asked, ranked_names[0], 1, 1.0),
-        Question("bars", rng.choice(("How many bars are there?", "Count the bars.")), str(len(values)), 1, 0.5),
+        Question("bars", rng.choice(("How many bars are there?", "Count the bars.")), str(len(values)), 1, 0.4),
     ]
     if len(values) > 2 and ranked[-2] > ranked[-1]:
         questions.append(Question("shortest", "What colour is the shortest bar?", ranked_names[-1], 1, 0.4))
     if len(values) > 2 and ranked[1] > ranked[2]:
         questions.append(Question("second", "What colour is the second tallest bar?", ranked_names[1], 3, 0.15))
-    if readable:
-        chosen = rng.randrange(len(values))
-        questions.append(
-            Question("value", f"What is the value of the {names[chosen]} bar?", str(values[chosen]), 2, 0.5)
-        )
-        text = f"How much taller is the {ranked_names[0]} bar than the {ranked_names[1]} bar?"
-        questions.append(Question("difference", text, str(ranked[0] - ranked[1]), 3, 0.12))
+    chosen = rng.randrange(len(values))
+    questions.append(Question("value", f"What is the value of the {names[chosen]} bar?", str(values[chosen]), 2, 1.0))
+    text = f"How much taller is the {ranked_names[0]} bar than the {ranked_names[1]} bar?"
+    questions.append(Question("difference", text, str(ranked[0] - ranked[1]), 3, 0.1))
     return questions
 
 
@@ -125,7 +121,7 @@ def _line(rng: random.Random, frame: Frame) -> tuple[Canvas, str, list[Question]
     count = rng.randint(3, min(6, frame.width // 9))
     rising = rng.random() < 0.5
     values = sorted(rng.sample(range(1, _TOP + 1), count), reverse=not rising)
-    name = rng.choice(list(COLOURS))
+    name = rng.choice(PAINTS)
     canvas = Canvas(frame, rng.choice(PAPERS), oversample=2)
     axes = _Axes(canvas, 5, rng.random() < 0.6)
     step = (axes.width - 8) / (count - 1)
@@ -137,19 +133,19 @@ def _line(rng: random.Random, frame: Frame) -> tuple[Canvas, str, list[Question]
     axes.draw_axes()
     trend = "rising" if rising else "falling"
     questions = [
-        Question("trend", "Is the line rising or falling?", trend, 1, 0.5),
-        Question("line_colour", "What colour is the line?", name, 1, 1.0),
+        Question("trend", "Is the line rising or falling?", trend, 1, 1.0),
+        Question("line_colour", "What colour is the line?", name, 1, 0.5),
         Question("points", "How many points has the line?", str(count), 2, 0.4),
     ]
     if axes.unit >= 5:
         questions.append(Question("last_value", "What is the last value?", str(values[-1]), 3, 0.2))
-    return canvas, f"A line chart with a {trend} {name} line through {plural(count, 'point')}.", questions
+    return canvas, f"A line chart: {name}, {trend}, {plural(count, 'point')}.", questions
 
 
 def _pie(rng: random.Random, frame: Frame) -> tuple[Canvas, str, list[Question]]:
-    count = rng.randint(2, 5)
+    count = rng.randint(2, 4)
     shares = _shares(rng, count)
-    names = distinct_colours(rng, count)
+    names = rng.sample(PAINTS, count)
     canvas = Canvas(frame, rng.choice(PAPERS), oversample=2)
     size = min(frame.width, frame.height) * rng.uniform(0.75, 0.95)
     x, y = rng.uniform(0, frame.width - size), rng.uniform(0, frame.height - size)
@@ -167,7 +163,7 @@ def _pie(rng: random.Random, frame: Frame) -> tuple[Canvas, str, list[Question]]
     ]
     if count > 2:
         questions.append(Question("smallest", "What colour is the smallest slice?", smallest, 3, 0.2))
-    return canvas, f"A pie chart with {plural(count, 'slice')}: {listing(names)}. The largest is {largest}.", questions
+    return canvas, f"A pie chart: {largest} largest, {plural(count, 'slice')}.", questions
 
 
 def _shares(rng: random.Random, count: int) -> list[float]:

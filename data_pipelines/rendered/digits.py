@@ -19,6 +19,7 @@ from data_pipelines.rendered.pictures import (
     COLOURS,
     HELD_OUT,
     PAPERS,
+    PLAIN_FRAME,
     Canvas,
     Frame,
     Picture,
@@ -70,30 +71,25 @@ class _Sheet:
         """What can be asked about any sheet."""
         return (Question("ink", "What colour is the ink?", self.ink_name, 1, 0.15),)
 
-    def ink_phrase(self) -> str:
-        """The ink as a caption names it."""
-        return f"{self.ink_name} ink"
 
-
-def draw(rng: random.Random, split: str) -> Picture:
-    """A single digit, a strip of two to five, or a form, with its questions."""
-    frame = choose_frame(rng)
+def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+    """A single digit, a strip of two to five, or a form, with its questions; a single one on one tile where `plain`."""
+    frame = PLAIN_FRAME if plain else choose_frame(rng)
     sheet = _Sheet(rng, split, frame)
     roomy = frame.width >= 96 and frame.height >= 40
-    layout = rng.choices((_single, _strip, _form), (75, 22, 12 if roomy else 0))[0]
+    layout = _single if plain else rng.choices((_single, _strip, _form), (70, 25, 12 if roomy else 0))[0]
     caption, questions = layout(rng, sheet)
     image = encode_picture(sheet.canvas.finish(), rng)
     return Picture(image, frame.scale, caption, (*questions, *sheet.questions()))
 
 
 def _single(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
-    """One digit on a cell of the grid, or, where there is room, on four."""
+    """One digit on a cell of the grid."""
     frame, digit = sheet.canvas.frame, rng.randrange(10)
-    size = CELL * (2 if rng.random() < 0.25 else 1)
-    x, y = (CELL * rng.randint(0, (side - size) // CELL) for side in (frame.width, frame.height))
-    sheet.write(digit, x, y, size)
+    x, y = (CELL * rng.randint(0, side // CELL - 1) for side in (frame.width, frame.height))
+    sheet.write(digit, x, y, CELL)
     text = rng.choice(("Which digit is this?", "What digit do you see?"))
-    return f"The digit {digit} in {sheet.ink_phrase()}.", [Question("which", text, str(digit), 1)]
+    return f"A {sheet.ink_name} {digit}.", [Question("which", text, str(digit), 1)]
 
 
 def _strip(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
@@ -109,7 +105,7 @@ def _strip(rng: random.Random, sheet: _Sheet) -> tuple[str, list[Question]]:
         along = start + position * CELL
         sheet.write(digit, *((along, side) if across else (side, along)), CELL)
     written = "".join(map(str, digits))
-    return f"{plural(count, 'digit')} in {sheet.ink_phrase()}: {written}.", _strip_questions(rng, digits)
+    return f"{count} {sheet.ink_name} digits: {written}.", _strip_questions(rng, digits)
 
 
 def _strip_questions(rng: random.Random, digits: list[int]) -> list[Question]:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from data_pipelines.rendered.passages import passages
 from data_pipelines.rendered.pictures import (
+    CELL,
     COLOURS,
     PAPERS,
+    PLAIN_FRAME,
     Canvas,
     Colour,
     Picture,
@@ -21,15 +23,17 @@ from data_pipelines.rendered.pictures import (
     choose_frame,
     encode_picture,
     font,
-    listing,
     plural,
     vary,
 )
 
 LICENCE = "Apache-2.0 (rendered); texts in the public domain"
 
-TITLES = ("MENU", "NEWS", "POEM", "DIARY", "BILL", "LIST", "RULES", "GUIDE", "TICKET", "AGENDA", "FORM", "HELP")
-STAMP_COLOURS = tuple(name for name in COLOURS if name != "black")
+TITLES = ("MENU", "NEWS", "POEM", "BILL", "LIST", "FORM", "HELP", "PLAN", "NOTE", "TEST")
+STAMP_COLOURS = ("red", "green", "blue", "purple")
+
+_BOLD = "Sans-Bold"
+"""Titles and numbers."""
 
 _FAMILIES = ("Sans", "Serif", "SansMono")
 _MARGIN = 3
@@ -60,82 +64,67 @@ class _Page:
         """Units."""
         return self.canvas.frame.height
 
-    @property
-    def bold(self) -> str:
-        """The bold font of the page's family."""
-        return f"{self.family}-Bold"
 
-
-def draw(rng: random.Random, split: str) -> Picture:
-    """A page with a title and, as far as there is room, text, a stamp, and a page number or a total."""
-    frame = choose_frame(rng)
+def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+    """A page with a title, a page number or a total and, as far as there is room, text and a stamp; no text where `plain`."""
+    frame = PLAIN_FRAME if plain else choose_frame(rng)
     paper = rng.choice(PAPERS)
     page = _Page(rng, split, Canvas(frame, paper), rng.choice(_FAMILIES), vary((30, 30, 34), rng))
-    band = min(30, max(12, round(rng.uniform(0.22, 0.32) * frame.height)))
     title_on_top = rng.random() < 0.5
-    _title(page, band, title_on_top)
-    body = (band + 2, frame.height - band - 2)
-    first_line = _body(page, *body)
+    first, last = 0, CELL * (frame.height // CELL - 1)
+    _title(page, *((first, "top") if title_on_top else (last, "bottom")))
+    body = (CELL + 2, last - 2)
+    first_line = 0.0 if plain else _body(page, *body)
     if rng.random() < 0.6:
         _stamp(page, body[0] + first_line, body[1])
-    _number(page, band, frame.height - band / 2 if title_on_top else band / 2)
-    image = encode_picture(_skew(page.canvas.finish(), rng, paper), rng)
-    return Picture(image, frame.scale, f"A page with {listing(page.parts)}.", tuple(page.questions))
+    _number(page, last if title_on_top else first)
+    image = encode_picture(page.canvas.finish() if plain else _skew(page.canvas.finish(), rng, paper), rng)
+    return Picture(image, frame.scale, f"A page: {', '.join(page.parts)}.", tuple(page.questions))
 
 
-def _title(page: _Page, band: int, on_top: bool) -> None:
-    """One large word of a closed set in the top or bottom band."""
+def _title(page: _Page, top: int, place: str) -> None:
+    """One large word of a closed set on a row of cells."""
     word = page.rng.choice(TITLES)
-    size = _fitting_size(page, word, band * 0.95)
-    x, anchor = page.rng.choice(((_MARGIN, "lm"), (page.width / 2, "mm")))
-    page.canvas.text(x, band / 2 if on_top else page.height - band / 2, word, page.bold, size, page.ink, anchor)
-    place = "top" if on_top else "bottom"
+    size = min(CELL, CELL * (page.width - 4) / page.canvas.text_width(word, _BOLD, CELL))
+    page.canvas.text(2, top + CELL / 2, word, _BOLD, size, page.ink, "lm")
     asked = page.rng.choice(("What is the title?", "Which word is the title?"))
-    page.parts.append(f"the title {word} at the {place}")
+    page.parts.append(f"{word} at the {place}")
     page.questions.append(Question("title", asked, word, 1, 1.0, (word.lower(), word.capitalize())))
     page.questions.append(Question("title_place", "Is the title at the top or the bottom?", place, 1, 0.25))
 
 
-def _fitting_size(page: _Page, text: str, size: float) -> float:
-    """The size, or a smaller one at which the text is as wide as the page."""
-    return min(size, size * (page.width - 2 * _MARGIN) / page.canvas.text_width(text, page.bold, size))
-
-
-def _number(page: _Page, band: int, y: float) -> None:
-    """A large page number or a total in the band without the title."""
-    if page.rng.random() < 0.6:
-        value, label, asked = (
-            page.rng.randint(1, 9),
-            "",
-            page.rng.choice(("What is the page number?", "Which page is this?")),
-        )
+def _number(page: _Page, top: int) -> None:
+    """A page number at either end of a row of cells, or a total, each digit on a cell."""
+    columns = page.width // CELL
+    if columns < 4 or page.rng.random() < 0.7:
+        value, column = page.rng.randint(1, 9), page.rng.choice((0, columns - 1))
+        asked = page.rng.choice(("What is the page number?", "Which page is this?"))
         page.questions.append(Question("page_number", asked, str(value), 1, 0.9))
-        page.parts.append(f"page number {value}")
+        page.parts.append(f"number {value}")
     else:
-        value, label = page.rng.randint(1, page.rng.choice((9, 99))), "Total "
+        value, column = page.rng.randint(1, page.rng.choice((9, 99))), 2
+        page.canvas.text(1, top + CELL / 2, "Total", _BOLD, 10, page.ink, "lm")
         page.questions.append(Question("total", "What is the total?", str(value), 2, 0.7))
-        page.parts.append(f"the total {value}")
-    size = _fitting_size(page, f"{label}{value}", band * (0.65 if label else 0.95))
-    x, anchor = page.rng.choice(((_MARGIN, "lm"), (page.width - _MARGIN, "rm")))
-    page.canvas.text(x, y, f"{label}{value}", page.bold, size, page.ink, anchor)
+        page.parts.append(f"total {value}")
+    for place, digit in enumerate(str(value), column):
+        page.canvas.text(CELL * (place + 0.5), top + CELL / 2, digit, _BOLD, CELL, page.ink, "mm")
 
 
 def _stamp(page: _Page, top: float, bottom: float) -> None:
     """A coloured round stamp over the text, below its first line."""
-    size = min(40, bottom - top, max(12, 0.6 * (bottom - top)))
+    size = min(2 * CELL, bottom - top)
     if size < 8:
         return
     name = page.rng.choice(STAMP_COLOURS)
-    x = page.rng.uniform(page.width * 0.3, page.width - size - _MARGIN)
-    y = page.rng.uniform(top, bottom - size)
+    x, y = page.rng.uniform(0, page.width - size), page.rng.uniform(top, bottom - size)
     fill = vary(COLOURS[name], page.rng)
     page.canvas.draw.ellipse(page.canvas.box(x, y, size, size), fill)
     inner = page.canvas.box(x + size * 0.12, y + size * 0.12, size * 0.76, size * 0.76)
     page.canvas.draw.ellipse(inner, None, page.canvas.paper, page.canvas.pixels(size * 0.05))
     page.questions.append(
-        Question("stamp", page.rng.choice(("What colour is the stamp?", "Which colour is the stamp?")), name, 1, 0.9)
+        Question("stamp", page.rng.choice(("What colour is the stamp?", "Which colour is the stamp?")), name, 1, 0.3)
     )
-    page.parts.append(f"a {name} stamp")
+    page.parts.append(f"{name} stamp")
 
 
 def _body(page: _Page, top: float, bottom: float) -> float:

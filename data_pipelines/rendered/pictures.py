@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageDraw, ImageFont
 
-VERSION = 5
+VERSION = 6
 """Part of every seed: another version is another data set."""
 
 TRAIN, HELD_OUT = "train", "heldout"
@@ -109,6 +109,10 @@ _FRAMES: tuple[tuple[int, tuple[int, int], tuple[int, int], float], ...] = (
 """About one in eight pictures has three 64-pixel tiles or more; none has more than nine."""
 
 
+PLAIN_FRAME = Frame(4 * CELL, 4 * CELL, 1.0)
+"""One full tile, nothing redundant, no padding."""
+
+
 def choose_frame(rng: random.Random) -> Frame:
     """A size between a fraction of a tile and nine tiles, with little or much redundancy."""
     weights = [weight for weight, *_ in _FRAMES]
@@ -185,13 +189,6 @@ def _add_noise(image: Image.Image, rng: random.Random) -> Image.Image:
     pixels = np.asarray(image, np.float32)
     noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(pixels.shape[:2], np.float32)
     return Image.fromarray(np.clip(pixels + rng.uniform(3, 10) * noise[..., None], 0, 255).astype(np.uint8))
-
-
-def distinct_colours(rng: random.Random, count: int) -> list[str]:
-    """Different colour names in random order."""
-    names = list(COLOURS)
-    rng.shuffle(names)
-    return names[:count]
 
 
 def vary(colour: Colour, rng: random.Random, spread: int = 12) -> Colour:

@@ -12,6 +12,7 @@ from data_pipelines.rendered.pictures import (
     CELL,
     COLOURS,
     PAPERS,
+    PLAIN_FRAME,
     Canvas,
     Colour,
     Frame,
@@ -112,12 +113,14 @@ def _aligned(rng: random.Random, start: float, side: float, size: int) -> int:
     return CELL * rng.randint(min(math.ceil(start / CELL), last), last)
 
 
-def draw(rng: random.Random, split: str) -> Picture:
-    """A scene with its questions; `split` only matters to generators with texts or scans."""
+def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+    """A scene with its questions, one or two things on one tile where `plain`; `split` matters to other generators."""
     del split
-    frame = choose_frame(rng)
+    frame = PLAIN_FRAME if plain else choose_frame(rng)
     stage = _Stage(rng, frame)
-    compose = rng.choices((_single, _pair, _group, _corners, _crowd), (40, 25, 20, 7, 8))[0]
+    compose = rng.choices(
+        (_single, _pair, _group, _corners, _crowd), (70, 20, 10, 0, 0) if plain else (40, 25, 20, 7, 8)
+    )[0]
     caption, questions = compose(stage)
     image = encode_picture(stage.canvas.finish(), rng, photographic=True)
     return Picture(image, frame.scale, f"{caption[0].upper()}{caption[1:]}.", tuple(questions))

@@ -17,7 +17,7 @@ from experiments.configs import tiny
 from experiments.overrides import to_config_dict
 from hypervl_jax.training.consistency import ConsistencyConfig
 
-STEPS = 1600
+STEPS = 2000
 
 
 def experiment() -> ExperimentConfig:
@@ -30,7 +30,7 @@ def experiment() -> ExperimentConfig:
         heldout=HeldoutConfig(batches=base.heldout.batches),
         optimizer=dataclasses.replace(base.optimizer, schedule="constant"),
         consistency=ConsistencyConfig(kl_weight=0.0),
-        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=800),
+        loop=dataclasses.replace(base.loop, steps=STEPS, evaluate_every=1000),
     )
 
 

@@ -261,7 +261,9 @@ def load_tokenizer(
     return kind(path, template)
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int) -> SentencePieceTokenizer:
+def train_sentencepiece(
+    texts: Iterable[str], path: str | Path, vocab_size: int, whole_words: Sequence[str] = ()
+) -> SentencePieceTokenizer:
     """Trains a byte-pair SentencePiece model and writes it to `path` (a `.model` file). The same texts give the same bytes.
 
     No normalisation, spaces kept, unknown characters as bytes, so decoding gives the text back (but for U+2581, which
@@ -271,6 +273,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
         texts: training texts, read line by line.
         path: where the model goes.
         vocab_size: ids in all, at least 256 bytes, the special tokens and every distinct character of the texts.
+        whole_words: words that are one piece of their own wherever they stand, also after a space.
 
     Raises:
         TokenizerError: the texts are too few or too many-charactered for `vocab_size`.
@@ -279,7 +282,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | Path, vocab_size: int)
     lines = (line for text in texts for line in text.splitlines() if line)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **_training_options()
+            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, **_training_options(whole_words)
         )
     except RuntimeError as error:
         raise TokenizerError(
@@ -293,11 +296,11 @@ ROLE_WORDS = ("system", "user", "assistant")
 """The template writes them in every turn, the training texts hardly ever: each gets a piece of its own."""
 
 
-def _training_options() -> dict[str, Any]:
+def _training_options(whole_words: Sequence[str]) -> dict[str, Any]:
     return {
         "model_type": "bpe",
         "control_symbols": list(SPECIAL_TOKENS),
-        "user_defined_symbols": list(ROLE_WORDS),
+        "user_defined_symbols": [*ROLE_WORDS, *whole_words],
         "unk_id": 0,
         "bos_id": -1,
         "eos_id": -1,

@@ -17,9 +17,9 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from data_pipelines.records import MANIFEST, Record, decode, read_index, verify_source
-from data_pipelines.rendered import digits
+from data_pipelines.rendered import digits, documents, scenes
 from data_pipelines.rendered.__main__ import main
-from data_pipelines.rendered.build import SIZES, BuildError, Report, build, draw_record
+from data_pipelines.rendered.build import SIZES, VOCAB_SIZE, BuildError, Report, build, draw_record
 from data_pipelines.rendered.passages import PASSAGES, passages
 from data_pipelines.rendered.pictures import COLOURS, HELD_OUT, TRAIN, Picture, item_random
 from data_pipelines.rendered.questions import PARAPHRASE_SEPARATOR, TASKS
@@ -244,8 +244,10 @@ def test_heldout_digits_are_legible() -> None:
 
 def test_closed_answers_are_single_tokens(built: tuple[pathlib.Path, Report]) -> None:
     tokenizer = load_tokenizer(built[0])
-    assert tokenizer.vocab_size == 512
-    assert all(len(tokenizer.encode(name)) == 1 for name in COLOURS)
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    for name in (*scenes.PAINTS, *scenes.SHAPES, *documents.TITLES, "rising", "falling"):
+        (alone,) = tokenizer.encode(name)
+        assert tokenizer.encode(f"A {name}.").count(alone) == 1
     text = "Transcribe the digits. Zürich, 北京 and\ttabs"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
