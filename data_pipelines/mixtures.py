@@ -1,14 +1,16 @@
 """Which sample a lane draws next, as a pure function of the seed and the lane's own counters.
 
-Three pure functions are enough for data that does not care how many hosts, workers or prefetched batches there are:
+A few pure functions are enough for data that does not care how many hosts, workers or prefetched batches there are:
 
-    lane's counts ─next_source─► source ─(draw·lanes + lane)─► place in that source's endless stream ─shuffled_index─► record
+    what is due ─next_source─► source ─(draw·lanes + lane)─► place in that source's endless stream ─shuffled_index─► record
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -19,6 +21,10 @@ from hypervl_jax.vision.anyres import ALPHA_UNIT
 WEIGHT_RESOLUTION = 2**24
 """Integer weights of a mixture add up to about this: a share is exact to 6e-8."""
 
+_STRIDE_UNIT = 2**32
+_PHASE_EPOCH = -1
+"""Stands for the epoch where a shuffle is that of lanes, not of records."""
+
 ALPHA_MIN = ALPHA_UNIT // 10
 """The least α that HyperVL uses, in thousandths."""
 
@@ -26,35 +32,34 @@ _MASK = 2**64 - 1
 _ROUNDS = 3
 
 
-def sample_weights(token_shares: Sequence[float], mean_tokens: Sequence[float]) -> tuple[int, ...]:
-    """How often to draw each source so that its TOKENS have the wanted share: integers proportional to share / mean tokens."""
+def integer_weights(shares: Sequence[float]) -> tuple[int, ...]:
+    """Integers in proportion to the shares; 0 only for share 0."""
+    total = math.fsum(shares)
+    return tuple(max(1, round(share / total * WEIGHT_RESOLUTION)) if share else 0 for share in shares)
+
+
+def sampling_odds(token_shares: Sequence[float], mean_tokens: Sequence[float]) -> tuple[float, ...]:
+    """The part of all SAMPLES that each source gives, so that its TOKENS have the wanted share: share / mean tokens, normalised."""
     rates = [share / mean for share, mean in zip(token_shares, mean_tokens, strict=True)]
-    return tuple(max(1, round(rate / math.fsum(rates) * WEIGHT_RESOLUTION)) for rate in rates)
+    return tuple(rate / math.fsum(rates) for rate in rates)
 
 
-def next_source(weights: Sequence[int], counts: Sequence[int]) -> int:
-    """The source that lags its quota most after `counts` draws of each (the first of equals).
+def next_source(weights: Sequence[int], due: Sequence[int]) -> int:
+    """The source whose turn it is: the least `due` among those with a weight, the first of equals.
 
-    This is largest-deficit scheduling (Tijdeman's chairman assignment problem, 1980) in exact integers: no random
-    fluctuation, no float, no history beyond the counts.
+    Raises `ValueError` when no source has a weight.
     """
-    draws, total = sum(counts) + 1, sum(weights)
-    deficits = [weight * draws - total * count for weight, count in zip(weights, counts, strict=True)]
-    return deficits.index(max(deficits))
+    return min((source for source, weight in enumerate(weights) if weight), key=due.__getitem__)
 
 
-def lane_phases(weights: Sequence[int], lanes: int) -> list[tuple[int, ...]]:
-    """Counts that each lane's quota starts from: lane i begins at place i of the schedule.
+def stride(tokens: int, weight: int) -> int:
+    """How far a sample of `tokens` tokens puts off its source's next turn.
 
-    All lanes in phase would draw the same source at once; with these phases the first row of all lanes together is
-    already balanced.
+    This is stride scheduling (Waldspurger and Weihl, 1995; start-time fair queueing of Goyal, Vin and Cheng, 1996) with
+    tokens as the service: at any moment each source has had its share of the tokens to within one sample, whatever the
+    samples' lengths, in exact integers and with one number of history a source.
     """
-    counts = [0] * len(weights)
-    phases = []
-    for _ in range(lanes):
-        phases.append(tuple(counts))
-        counts[next_source(weights, counts)] += 1
-    return phases
+    return tokens * _STRIDE_UNIT // weight
 
 
 class ShuffleKey(NamedTuple):
@@ -88,6 +93,26 @@ def shuffled_index(index: int, size: int, key: ShuffleKey) -> int:
         index = row * columns + column
         if index < size:
             return index
+
+
+def lane_phases(weight: int, lengths: Sequence[int], lanes: int, seed: int, source: str) -> list[int]:
+    """When a source's first turn is due in each lane, as if each had been under way for ever.
+
+    A lane that began with nothing due would give each source a sample too many or too few, the more the more lengths vary: the
+    sample that is under way at a moment is longer than the mean one. So each lane begins at its own place among the tokens of
+    all the samples, one behind the other, and the first turn is due when the sample at that place ends.
+
+    Args:
+        weight: of the source.
+        lengths: of samples of the source, in tokens.
+        lanes: how many.
+        seed: decides which lane begins where.
+        source: its name.
+    """
+    ends = list(itertools.accumulate(lengths))
+    key = shuffle_key(seed, source, _PHASE_EPOCH)
+    places = [(2 * shuffled_index(lane, lanes, key) + 1) * ends[-1] // (2 * lanes) for lane in range(lanes)]
+    return [stride(ends[bisect.bisect_right(ends, place)] - place, weight) for place in places]
 
 
 def drawn_record(place: int, size: int, seed: int, source: str) -> int:

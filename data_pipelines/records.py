@@ -14,51 +14,48 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgpack
-import numpy as np
-import pyarrow as pa
 import xxhash
 from array_record.python import array_record_module
-from jaxtyping import Int32
 
+from data_pipelines.errors import RecordError, require_record
+from data_pipelines.manifest import (
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    ShardSummary,
+    file_checksum,
+    make_manifest,
+    remove_source,
+    shard_stem,
+    write_json,
+)
+from data_pipelines.manifest import read_manifest as read_manifest
+from data_pipelines.manifest import source_statistics as source_statistics
+from data_pipelines.manifest import verify_source as verify_source
+from data_pipelines.shard_index import IndexRow, write_index
+from data_pipelines.shard_index import read_index as read_index
+from data_pipelines.statistics import count_rows
+from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import IMAGE_SLOT, ConversationError, Turn, count_image_slots, text_length
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.vision.decoding import UndecodableImage, image_size
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 
 MAX_RECORD_BYTES, MAX_IMAGES, MAX_TURNS, MAX_ENTRIES = 256 * 2**20, 1024, 4096, 1024
 """Limits of a record; entries are keys of `quality` or `metadata`. They bound what a damaged or hostile file can make a worker allocate."""
 
 _WRITER_OPTIONS = "group_size:1"
-_SHARD_PATTERN = re.compile(r"shard-\d{5}(-of-\d{5})?\.(array_record|index\.arrow)(\.tmp)?")
-_FINGERPRINT_KEY = b"text_fingerprint"
-_SIDES = pa.list_(pa.field("item", pa.int32(), nullable=False))
-_INDEX_FIELDS = (
-    pa.field("image_heights", _SIDES, nullable=False),
-    pa.field("image_widths", _SIDES, nullable=False),
-    pa.field("text_length", pa.int32(), nullable=False),
-    pa.field("task", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-    pa.field("content_hash", pa.string(), nullable=False),
-)
-
+_FULL_SIZE_TILING = TilingConfig()
 
 PARAPHRASE_SEPARATOR = "|"
 """Joins the other right answers of a question in `Record.metadata["paraphrases"]`."""
-
-
-class RecordError(ValueError):
-    """A record, index or manifest that cannot be used; the message says what is wrong and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +113,7 @@ def encode(record: Record) -> bytes:
         data = msgpack.packb(raw, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"a record of source {record.source!r} cannot be written: {error}") from error
-    _require(
+    require_record(
         len(data) <= MAX_RECORD_BYTES,
         f"a record has {len(data)} bytes, more than {MAX_RECORD_BYTES}; shrink its images",
     )
@@ -129,7 +126,7 @@ def decode(data: bytes) -> Record:
     Raises:
         RecordError: damaged bytes, an unknown or missing key, a wrong type, or a size beyond the limits above.
     """
-    _require(len(data) <= MAX_RECORD_BYTES, f"a record has {len(data)} bytes; the shard is damaged or not ours")
+    require_record(len(data) <= MAX_RECORD_BYTES, f"a record has {len(data)} bytes; the shard is damaged or not ours")
     try:
         # Text and bytes longer than `data` are refused by msgpack itself.
         raw = msgpack.unpackb(data, max_array_len=MAX_TURNS, max_map_len=MAX_ENTRIES, max_ext_len=0)
@@ -142,19 +139,14 @@ def decode(data: bytes) -> Record:
     return record
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RecordError(message)
-
-
 def _check_raw(raw: Any) -> None:
     """Raises `RecordError` unless `raw` is a record as plain lists, maps, strings, bytes and numbers."""
-    _require(type(raw) is dict, f"a record must be a map, this is a {type(raw).__name__}")
+    require_record(type(raw) is dict, f"a record must be a map, this is a {type(raw).__name__}")
     missing, unknown = sorted(set(_FIELDS) - raw.keys()), sorted(map(str, raw.keys() - set(_FIELDS)))
-    _require(not missing, f"a record has no {', '.join(missing)}; it was written by another version")
-    _require(not unknown, f"a record has unknown keys {', '.join(unknown)}; it was written by another version")
+    require_record(not missing, f"a record has no {', '.join(missing)}; it was written by another version")
+    require_record(not unknown, f"a record has unknown keys {', '.join(unknown)}; it was written by another version")
     for name in ("source", "task", "licence", "language"):
-        _require(type(raw[name]) is str, f"record.{name} must be text, this is a {type(raw[name]).__name__}")
+        require_record(type(raw[name]) is str, f"record.{name} must be text, this is a {type(raw[name]).__name__}")
     _check_list(raw["images"], "images", MAX_IMAGES, lambda item: type(item) is bytes and bool(item), "non-empty bytes")
     _check_list(raw["turns"], "turns", MAX_TURNS, _is_pair, "a [role, text] pair of texts")
     _check_map(raw["quality"], "quality", (float,))
@@ -164,7 +156,7 @@ def _check_raw(raw: Any) -> None:
 def _check_slots(record: Record) -> None:
     slots, images = count_image_slots(record.turns), len(record.images)
     message = f"a record of source {record.source!r} has {images} images and {slots} image slots"
-    _require(slots == images, f"{message}; write one {IMAGE_SLOT} in a user turn per image")
+    require_record(slots == images, f"{message}; write one {IMAGE_SLOT} in a user turn per image")
 
 
 def _is_pair(item: Any) -> bool:
@@ -172,229 +164,41 @@ def _is_pair(item: Any) -> bool:
 
 
 def _check_list(value: Any, name: str, limit: int, valid: Callable[[Any], bool], kind: str) -> None:
-    _require(type(value) is list, f"record.{name} must be a list, this is a {type(value).__name__}")
-    _require(len(value) <= limit, f"record.{name} has {len(value)} items, the limit is {limit}")
-    _require(all(map(valid, value)), f"each of record.{name} must be {kind}")
+    require_record(type(value) is list, f"record.{name} must be a list, this is a {type(value).__name__}")
+    require_record(len(value) <= limit, f"record.{name} has {len(value)} items, the limit is {limit}")
+    require_record(all(map(valid, value)), f"each of record.{name} must be {kind}")
 
 
 def _check_map(value: Any, name: str, types: tuple[type, ...]) -> None:
-    _require(type(value) is dict, f"record.{name} must be a map, this is a {type(value).__name__}")
-    _require(len(value) <= MAX_ENTRIES, f"record.{name} has {len(value)} keys, the limit is {MAX_ENTRIES}")
+    require_record(type(value) is dict, f"record.{name} must be a map, this is a {type(value).__name__}")
+    require_record(len(value) <= MAX_ENTRIES, f"record.{name} has {len(value)} keys, the limit is {MAX_ENTRIES}")
     for key, entry in value.items():
         where, allowed = f"record.{name}[{key!r}]", " or ".join(kind.__name__ for kind in types)
-        _require(type(key) is str and type(entry) in types, f"{where} has type {type(entry).__name__}, not {allowed}")
-        _require(type(entry) is not float or math.isfinite(entry), f"{where} is {entry}; only finite numbers are kept")
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardEntry:
-    """One shard in a manifest. `checksum` and `index_checksum` are XXH3-128 of the two files, as hex."""
-
-    file: str
-    records: int
-    bytes: int
-    checksum: str
-    index_checksum: str
-
-    @property
-    def index_file(self) -> str:
-        """Name of the Arrow index beside the shard."""
-        return self.file.removesuffix(".array_record") + ".index.arrow"
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a source directory holds. `fingerprint` names the tokenizer and template that counted `text_tokens`."""
-
-    name: str
-    licence: str
-    description: str
-    fingerprint: str
-    shards: tuple[ShardEntry, ...]
-    records: int
-    images: int
-    text_tokens: int
-    tasks: Mapping[str, int]
-    version: int = FORMAT_VERSION
-
-
-_MANIFEST_TYPES = {
-    **dict.fromkeys(("name", "licence", "description", "fingerprint"), str),
-    **dict.fromkeys(("records", "images", "text_tokens", "version"), int),
-    **{"shards": list, "tasks": dict},
-}
-_SHARD_TYPES = {
-    **dict.fromkeys(("file", "checksum", "index_checksum"), str),
-    **dict.fromkeys(("records", "bytes"), int),
-}
-
-
-def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a source directory.
-
-    Raises:
-        RecordError: there is none, or it does not fit this version, or a shard has another size than it says.
-    """
-    path = pathlib.Path(directory) / MANIFEST
-    if not path.is_file():
-        raise RecordError(
-            f"{path} does not exist, so {path.parent} is not a complete source. The embedded data is made by "
-            f"`python -m data_pipelines.rendered --output DIR`; a source of your own by `data_pipelines.records.write_source`."
+        require_record(
+            type(key) is str and type(entry) in types, f"{where} has type {type(entry).__name__}, not {allowed}"
         )
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON ({error}); make the source again") from error
-    _check_json(raw, _MANIFEST_TYPES, path)
-    found = raw["version"]
-    _intact(found == FORMAT_VERSION, path, f"has format version {found}, this code reads {FORMAT_VERSION}")
-    for shard in raw["shards"]:
-        _check_json(shard, _SHARD_TYPES, path)
-        _intact(_SHARD_PATTERN.fullmatch(shard["file"]) is not None, path, f"names the shard {shard['file']!r}")
-        file, expected = path.with_name(shard["file"]), shard["bytes"]
-        size = file.stat().st_size if file.is_file() else 0
-        _intact(size == expected, file, f"has {size} bytes, the manifest says {expected}")
-    return Manifest(**{**raw, "shards": tuple(ShardEntry(**shard) for shard in raw["shards"])})
+        require_record(
+            type(entry) is not float or math.isfinite(entry), f"{where} is {entry}; only finite numbers are kept"
+        )
 
 
-def _intact(condition: bool, path: pathlib.Path, fault: str) -> None:
-    _require(condition, f"{path} {fault}; make the source again")
-
-
-def _check_json(raw: Any, types: Mapping[str, type], path: pathlib.Path) -> None:
-    _intact(type(raw) is dict and raw.keys() == types.keys(), path, f"lacks the keys {', '.join(types)}, or has others")
-    for key, kind in types.items():
-        _intact(type(raw[key]) is kind, path, f"has a {type(raw[key]).__name__} as {key}, not {kind.__name__}")
-
-
-def verify_source(directory: str | os.PathLike[str]) -> Manifest:
-    """Reads every file of a source and compares it with the manifest's checksums.
+def index_row(record: Record, tokenizer: Tokenizer) -> IndexRow:
+    """What index and manifest keep of a record.
 
     Raises:
-        RecordError: the manifest cannot be used, or a file differs.
+        UndecodableImage: the header of a picture cannot be read.
+        ConversationError: the turns cannot become ids.
     """
-    manifest, root = read_manifest(directory), pathlib.Path(directory)
-    for shard in manifest.shards:
-        for name, checksum in ((shard.file, shard.checksum), (shard.index_file, shard.index_checksum)):
-            file = root / name
-            _intact(
-                file.is_file() and _file_checksum(file) == checksum, file, "is missing or differs from its checksum"
-            )
-    return manifest
-
-
-def remove_source(directory: str | os.PathLike[str]) -> None:
-    """Removes the manifest, then the shards and leftovers of killed writers; nothing else that lies in `directory`."""
-    root = pathlib.Path(directory)
-    for manifest in (root / MANIFEST, root / f"{MANIFEST}.tmp"):
-        manifest.unlink(missing_ok=True)
-    for path in root.glob("shard-*"):
-        if _SHARD_PATTERN.fullmatch(path.name):
-            path.unlink()
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardIndex:
-    """The memory-mapped index of one shard of n records with i images in all.
-
-    Attributes:
-        image_offsets: record r owns images `image_offsets[r]` to `image_offsets[r + 1]`.
-        image_heights: pixels.
-        image_widths: pixels.
-        text_lengths: text tokens of each record, image slots not counted.
-        task_codes: position of each record's task in `tasks`.
-        tasks: the names of the tasks.
-        content_hashes: `content_hash` of each record.
-        fingerprint: of the tokenizer and template that counted `text_lengths`.
-    """
-
-    image_offsets: Int32[np.ndarray, "n+1"]
-    image_heights: Int32[np.ndarray, "i"]
-    image_widths: Int32[np.ndarray, "i"]
-    text_lengths: Int32[np.ndarray, "n"]
-    task_codes: Int32[np.ndarray, "n"]
-    tasks: tuple[str, ...]
-    content_hashes: pa.StringArray
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.text_lengths)
-
-    def image_sizes(self, record: int) -> list[tuple[int, int]]:
-        """(height, width) in pixels of each image of a record."""
-        images = slice(self.image_offsets[record], self.image_offsets[record + 1])
-        return list(zip(self.image_heights[images].tolist(), self.image_widths[images].tolist(), strict=True))
-
-    def task(self, record: int) -> str:
-        """Task of a record."""
-        return self.tasks[self.task_codes[record]]
-
-    def content_hash(self, record: int) -> str:
-        """`content_hash` of a record, 32 hex digits."""
-        return self.content_hashes[record].as_py()
-
-
-def read_index(path: str | os.PathLike[str], fingerprint: str | None = None) -> ShardIndex:
-    """Maps the index beside a shard into memory; the arrays are views of the file and cannot be written.
-
-    Args:
-        path: the `.index.arrow` file.
-        fingerprint: of the tokenizer that the caller uses; an index counted with anything else is refused.
-
-    Raises:
-        RecordError: not an index of ours, damaged, or counted with another tokenizer or template.
-    """
-    path = pathlib.Path(path)
-    table = _map_table(path)
-    found = (table.schema.metadata or {}).get(_FINGERPRINT_KEY, b"").decode("utf-8", "replace")
-    _require(
-        fingerprint in (None, found),
-        f"{path} counted its text with tokenizer and template {found!r}, this run uses {fingerprint!r}, so packed lengths "
-        f"would be wrong: make the source again with this tokenizer, or use the tokenizer that lies with the data",
+    sizes = [image_size(image) for image in record.images]
+    return IndexRow(
+        image_heights=tuple(height for height, _ in sizes),
+        image_widths=tuple(width for _, width in sizes),
+        text_length=text_length(record.turns, tokenizer),
+        task=record.task,
+        content_hash=content_hash(record),
+        licence=record.licence,
+        language=record.language,
     )
-    heights, widths, lengths, tasks, hashes = (table.column(field.name).chunk(0) for field in _INDEX_FIELDS)
-    offsets = heights.offsets.to_numpy()
-    _intact(np.array_equal(offsets, widths.offsets.to_numpy()), path, "has more heights than widths, or fewer")
-    first, last = offsets[0], offsets[-1]
-    return ShardIndex(
-        image_offsets=offsets - first,
-        image_heights=heights.values.to_numpy()[first:last],
-        image_widths=widths.values.to_numpy()[first:last],
-        text_lengths=lengths.to_numpy(),
-        task_codes=tasks.indices.to_numpy(),
-        tasks=tuple(tasks.dictionary.to_pylist()),
-        content_hashes=hashes,
-        fingerprint=found,
-    )
-
-
-def _map_table(path: pathlib.Path) -> pa.Table:
-    """The one-chunk table in an index file, with offsets, text and dictionary codes checked."""
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-        raise RecordError(f"{path} is not a readable index ({error}); make the source again") from error
-    _intact(table.schema.equals(pa.schema(_INDEX_FIELDS)), path, "has other columns than an index of this version")
-    _intact(table.num_rows > 0 and table.column(0).num_chunks == 1, path, "is empty or in several pieces")
-    _intact(not any(column.null_count for column in table.columns), path, "has empty cells")
-    return table
-
-
-def _index_row(record: Record, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One record's row of the index, by column."""
-    try:
-        sizes = [image_size(image) for image in record.images]
-        tokens = text_length(record.turns, tokenizer)
-    except (UndecodableImage, ConversationError) as error:
-        raise RecordError(f"source {record.source!r}: {error}; leave the record out before writing") from error
-    return {
-        "image_heights": [height for height, _ in sizes],
-        "image_widths": [width for _, width in sizes],
-        "text_length": tokens,
-        "task": record.task,
-        "content_hash": content_hash(record),
-    }
 
 
 def write_source(
@@ -406,6 +210,7 @@ def write_source(
     description: str,
     tokenizer: Tokenizer,
     records_per_shard: int = 4096,
+    tiling: TilingConfig = _FULL_SIZE_TILING,
 ) -> Manifest:
     """Writes records, in order, as a source directory.
 
@@ -420,84 +225,85 @@ def write_source(
         description: one sentence for people.
         tokenizer: with its chat template, counts the text tokens; its fingerprint goes into index and manifest.
         records_per_shard: every shard but the last has this many.
+        tiling: counts the manifest's statistics.
 
     Raises:
         RecordError: the directory already holds a complete source, there is no record, or a record cannot be written.
     """
-    _require(records_per_shard > 0, f"records_per_shard is {records_per_shard}; it must be positive")
+    require_record(records_per_shard > 0, f"records_per_shard is {records_per_shard}; it must be positive")
     root = pathlib.Path(directory)
     complete = (root / MANIFEST).exists()
-    _require(not complete, f"{root} already holds a complete source; remove it (`remove_source`) or write elsewhere")
+    require_record(
+        not complete, f"{root} already holds a complete source; remove it (`remove_source`) or write elsewhere"
+    )
     root.mkdir(parents=True, exist_ok=True)
     remove_source(root)
-    entries: list[ShardEntry] = []
-    images, text_tokens, tasks = 0, 0, Counter[str]()
-    remaining = iter(records)
-    while rows := _write_shard(root, len(entries), itertools.islice(remaining, records_per_shard), tokenizer):
-        entries.append(_shard_entry(root, len(entries), len(rows)))
-        images += sum(len(row["image_heights"]) for row in rows)
-        text_tokens += sum(row["text_length"] for row in rows)
-        tasks.update(row["task"] for row in rows)
-    _require(bool(entries), f"source {name!r} has no record; nothing was written to {root}")
-    manifest = Manifest(
-        name=name,
-        licence=licence,
-        description=description,
-        fingerprint=tokenizer.fingerprint,
-        shards=tuple(_rename_shard(root, entry, shard, len(entries)) for shard, entry in enumerate(entries)),
-        records=sum(entry.records for entry in entries),
-        images=images,
-        text_tokens=text_tokens,
-        tasks=dict(sorted(tasks.items())),
+    rows = ((encode(record), _writable_row(record, tokenizer)) for record in records)
+    shards: list[ShardSummary] = []
+    while (first := next(rows, None)) is not None:
+        part = itertools.chain((first,), itertools.islice(rows, records_per_shard - 1))
+        shards.append(write_shard(root, f"shard-{len(shards):05d}", part, tokenizer.fingerprint, tiling))
+    require_record(bool(shards), f"source {name!r} has no record; nothing was written to {root}")
+    named = [_rename_shard(root, shard, place, len(shards)) for place, shard in enumerate(shards)]
+    manifest = make_manifest(
+        named, name=name, licence=licence, description=description, fingerprint=tokenizer.fingerprint, tiling=tiling
     )
     write_json(root / MANIFEST, dataclasses.asdict(manifest))
     return manifest
 
 
-def _write_shard(
-    root: pathlib.Path, shard: int, records: Iterator[Record], tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    """Writes one shard and its index under temporary names, and returns the index rows; nothing when no record is left."""
-    first = next(records, None)
-    if first is None:
-        return []
-    rows, stem = [], root / f"shard-{shard:05d}"
-    writer = array_record_module.ArrayRecordWriter(f"{stem}.array_record.tmp", _WRITER_OPTIONS)
-    with contextlib.closing(writer):
-        for record in itertools.chain((first,), records):
-            writer.write(encode(record))
-            rows.append(_index_row(record, tokenizer))
-    table = pa.Table.from_pylist(rows, pa.schema(_INDEX_FIELDS, {_FINGERPRINT_KEY: tokenizer.fingerprint.encode()}))
-    with pa.OSFile(f"{stem}.index.arrow.tmp", "wb") as sink, pa.ipc.new_file(sink, table.schema) as index:
-        index.write_table(table)
-    return rows
+def _writable_row(record: Record, tokenizer: Tokenizer) -> IndexRow:
+    try:
+        return index_row(record, tokenizer)
+    except (UndecodableImage, ConversationError) as error:
+        raise RecordError(f"source {record.source!r}: {error}; leave the record out before writing") from error
 
 
-def _shard_entry(root: pathlib.Path, shard: int, records: int) -> ShardEntry:
-    path, index = (root / f"shard-{shard:05d}.{suffix}.tmp" for suffix in ("array_record", "index.arrow"))
-    return ShardEntry(path.name, records, path.stat().st_size, _file_checksum(path), _file_checksum(index))
+def write_shard(
+    root: pathlib.Path,
+    stem: str,
+    records: Iterable[tuple[bytes, IndexRow]],
+    fingerprint: str,
+    tiling: TilingConfig,
+) -> ShardSummary:
+    """Writes `stem.array_record` and `stem.index.arrow` into `root`, under temporary names until both are whole.
+
+    Args:
+        root: an existing local directory.
+        stem: of the file names, `shard-00000-of-00004` or `shard-00000`.
+        records: encoded records with their rows, in order, at least one; only the rows are held in memory.
+        fingerprint: of the tokenizer and template that counted the text.
+        tiling: counts the statistics.
+    """
+    shard, index = root / f"{stem}.array_record", root / f"{stem}.index.arrow"
+    rows: list[IndexRow] = []
+    with contextlib.closing(array_record_module.ArrayRecordWriter(f"{shard}.tmp", _WRITER_OPTIONS)) as writer:
+        for data, row in records:
+            writer.write(data)
+            rows.append(row)
+    write_index(f"{index}.tmp", rows, fingerprint)
+    for path in (shard, index):
+        os.replace(f"{path}.tmp", path)
+    entry = ShardEntry(shard.name, len(rows), shard.stat().st_size, file_checksum(shard), file_checksum(index))
+    return ShardSummary(
+        entry=entry,
+        images=sum(len(row.image_heights) for row in rows),
+        text_tokens=sum(row.text_length for row in rows),
+        tasks=_count(row.task for row in rows),
+        licences=_count(row.licence for row in rows),
+        languages=_count(row.language for row in rows),
+        statistics=count_rows(rows, tiling),
+    )
 
 
-def _rename_shard(root: pathlib.Path, entry: ShardEntry, shard: int, shards: int) -> ShardEntry:
+def _count(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names))
+
+
+def _rename_shard(root: pathlib.Path, shard: ShardSummary, place: int, shards: int) -> ShardSummary:
     """Gives a shard and its index their final names, now that the number of shards is known."""
-    for suffix in ("array_record", "index.arrow"):
-        os.replace(root / f"shard-{shard:05d}.{suffix}.tmp", root / f"shard-{shard:05d}-of-{shards:05d}.{suffix}")
-    return dataclasses.replace(entry, file=f"shard-{shard:05d}-of-{shards:05d}.array_record")
-
-
-def _file_checksum(path: pathlib.Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON so that `path` holds either its old content or all of the new one, whenever the writer dies."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    stem = shard_stem(place, shards)
+    entry = dataclasses.replace(shard.entry, file=f"{stem}.array_record")
+    os.replace(root / shard.entry.index_file, root / entry.index_file)
+    os.replace(root / shard.entry.file, root / entry.file)
+    return dataclasses.replace(shard, entry=entry)

@@ -15,27 +15,23 @@ import pyarrow.compute
 from array_record.python import array_record_module
 from jaxtyping import Int16
 
-from data_pipelines.records import (
-    MANIFEST,
-    Record,
-    RecordError,
-    ShardEntry,
-    ShardIndex,
-    decode,
-    read_index,
-    read_manifest,
-    verify_source,
-)
+from data_pipelines.errors import RecordError
+from data_pipelines.packing import Budget
+from data_pipelines.records import MANIFEST, Record, ShardEntry, decode, read_manifest, verify_source
+from data_pipelines.shard_index import ShardIndex, read_index
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.vision.anyres import ALPHA_UNIT, ImagePlan, alpha_to_milli, plan_image, prompt_tokens
 
 _READER_OPTIONS = "readahead_buffer_size:0"
 _READER_BUFFER = 32_768
-_OPEN_READERS = 256
-"""Shards of a source that a process keeps open: far below the usual limit of 1024 files."""
+_OPEN_READERS = 48
+"""Shards of a source that a process keeps open: with twenty sources still below the usual limit of 1024 files."""
 
-_MEAN_SAMPLE = 4096
-"""Records that a source's mean length is taken from: its standard error is then about 1.6 % of the lengths' deviation."""
+_OPEN_INDEXES = 1024
+"""Indexes of a source that a process keeps mapped. A mapped index holds no file open."""
+
+_CLUSTERS, _CLUSTER = 64, 64
+"""Places in a source, and records at each, that statistics are taken from: few shards are opened however many there are."""
 
 _CHECK_HELP = "copy the source again, or make it again"
 
@@ -57,13 +53,14 @@ class Source:
     Args:
         directory: holds the manifest, the shards and their indexes.
         fingerprint: of the tokenizer of this run, chat template included.
+        check: whether to compare the record count of every index with the manifest; an index that is used is checked in full.
 
     Raises:
         RecordError: not a complete source; a file has another size, or an index other records, than the manifest says; or
             the text was counted with another tokenizer or template.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: str) -> None:
+    def __init__(self, directory: str | os.PathLike[str], fingerprint: str, check: bool = True) -> None:
         self.directory = pathlib.Path(directory)
         self.fingerprint = fingerprint
         self.manifest = read_manifest(directory)
@@ -73,12 +70,14 @@ class Source:
                 f"the packed lengths would be wrong: make the source again with this tokenizer, or use the tokenizer that lies with the data"
             )
         self._shards = [shard for shard in self.manifest.shards if shard.records]
-        self._indexes = [self._open_index(shard) for shard in self._shards]
+        for shard in self._shards if check else ():
+            self._check_count(shard, _index_rows(self.directory / shard.index_file))
         self._starts = list(itertools.accumulate((shard.records for shard in self._shards), initial=0))
+        self._index = functools.lru_cache(_OPEN_INDEXES)(self._open_index)
         self._reader = functools.lru_cache(_OPEN_READERS)(self._open_reader)
 
-    def __reduce__(self) -> tuple[type[Source], tuple[pathlib.Path, str]]:
-        return Source, (self.directory, self.fingerprint)
+    def __reduce__(self) -> tuple[type[Source], tuple[pathlib.Path, str, bool]]:
+        return Source, (self.directory, self.fingerprint, False)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -91,8 +90,21 @@ class Source:
     def sizes(self, record: int) -> Sizes:
         """Sizes of a record, from the index alone."""
         shard, row = self._locate(record)
-        index = self._indexes[shard]
+        index = self._index(shard)
         return Sizes(index.image_sizes(row), int(index.text_lengths[row]))
+
+    def spread(self) -> list[int]:
+        """Records from all over the source, for statistics: all of a small one, else 64 runs of 64 within one shard each."""
+        if len(self) <= _CLUSTERS * _CLUSTER:
+            return list(range(len(self)))
+        places = (self._locate(cluster * len(self) // _CLUSTERS) for cluster in range(_CLUSTERS))
+        runs = ((self._starts[shard], self._shards[shard].records, row) for shard, row in places)
+        step = lambda records: max(1, records // _CLUSTER)
+        return [
+            start + (row + step(records) * i) % records
+            for start, records, row in runs
+            for i in range(min(_CLUSTER, records))
+        ]
 
     def plans(self, record: int, alpha: int, tiling: TilingConfig) -> list[ImagePlan]:
         """AnyRes plan of each image of a record. `alpha` is in thousandths."""
@@ -126,7 +138,9 @@ class Source:
 
     def alphas(self, table: pa.Table) -> Int16[np.ndarray, "n"]:
         """α of each record in thousandths by its content hash; 1000 where the table (`read_alphas`) has none."""
-        hashes = pa.chunked_array([index.content_hashes for index in self._indexes], pa.string())
+        hashes = pa.chunked_array(
+            [self._index(shard).content_hashes for shard in range(len(self._shards))], pa.string()
+        )
         places = pa.compute.index_in(hashes, value_set=table["content_hash"].combine_chunks())
         found = table["alpha"].combine_chunks().take(places.combine_chunks())
         return found.fill_null(ALPHA_UNIT).to_numpy(zero_copy_only=False).astype(np.int16)
@@ -141,13 +155,16 @@ class Source:
     def _path(self, shard: int) -> pathlib.Path:
         return self.directory / self._shards[shard].file
 
-    def _open_index(self, shard: ShardEntry) -> ShardIndex:
-        index = read_index(self.directory / shard.index_file, self.fingerprint)
-        if len(index) != shard.records:
-            raise RecordError(
-                f"{self.directory / shard.index_file} has {len(index)} records, the manifest says {shard.records}; {_CHECK_HELP}"
-            )
+    def _open_index(self, shard: int) -> ShardIndex:
+        index = read_index(self.directory / self._shards[shard].index_file, self.fingerprint)
+        self._check_count(self._shards[shard], len(index))
         return index
+
+    def _check_count(self, shard: ShardEntry, found: int) -> None:
+        if found != shard.records:
+            raise RecordError(
+                f"{self.directory / shard.index_file} has {found} records, the manifest says {shard.records}; {_CHECK_HELP}"
+            )
 
     def _open_reader(self, shard: int) -> array_record_module.ArrayRecordReader:
         # A truncated ArrayRecord opens without an error and says it has 0 records.
@@ -169,22 +186,28 @@ def _plans(sizes: Sizes, alpha: int, tiling: TilingConfig) -> list[ImagePlan]:
     return [plan_image(height, width, alpha / ALPHA_UNIT, tiling) for height, width in sizes.images]
 
 
-def mean_tokens(source: Source, tokens: int, tiles: int, tiling: TilingConfig) -> float:
-    """Mean LLM positions of a draw from a source at α = 1, from up to 4096 records spread evenly over it.
+def _index_rows(path: pathlib.Path) -> int:
+    """Records that an index says it has, from its metadata alone."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).get_batch(0).num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RecordError(f"{path} is not a readable index ({error}); {_CHECK_HELP}") from error
 
-    A record that no row of `tokens` positions and `tiles` tiles can hold counts as 0, since packing drops it.
+
+def sampled_lengths(source: Source, budget: Budget, tiling: TilingConfig, splits: bool) -> list[int]:
+    """LLM positions at α = 1 of records from all over a source, those that fit a row. What is to be split counts as whole rows.
 
     Raises:
-        RecordError: the source is empty, or no record fits a row.
+        RecordError: the source is empty, or no record fits a row and none is to be split.
     """
-    records = range(0, len(source), -(-len(source) // _MEAN_SAMPLE) or 1)
-    costs = [source.cost(record, ALPHA_UNIT, tiling) for record in records]
-    fitting = [cost for cost, needed in costs if 0 < cost <= tokens and needed <= tiles]
-    if not fitting:
+    costs = [source.cost(record, ALPHA_UNIT, tiling) for record in source.spread()]
+    fitting = [tokens for tokens, tiles in costs if budget.fits(tokens, tiles)]
+    if not fitting and not (splits and costs):
         raise RecordError(
-            f"source {source.name!r} has no record that fits a row of {tokens} tokens and {tiles} tiles ({len(costs)} tried); raise batch.length or batch.tiles"
+            f"source {source.name!r} has no record that fits a row of {budget.tokens} tokens and {budget.tiles} tiles ({len(costs)} tried); raise batch.length or batch.tiles"
         )
-    return sum(fitting) / len(costs)
+    return fitting or [budget.tokens]
 
 
 def read_alphas(path: str | os.PathLike[str]) -> pa.Table:

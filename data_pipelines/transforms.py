@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipelines.packing import Sample
-from data_pipelines.records import Record, RecordError
+from data_pipelines.errors import RecordError
+from data_pipelines.packing import Budget, Sample
 from data_pipelines.sources import DamagedShard, Source
+from data_pipelines.splitting import take_part
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import ConversationError, EncodedConversation, encode_conversation
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.batch import TEXT_POSITION, Batch
-from hypervl_jax.vision.anyres import ImagePlan, tile_image
+from hypervl_jax.vision.anyres import ImagePlan, write_tiles
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 
 DecodeImage = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
@@ -40,11 +41,12 @@ class Failure(NamedTuple):
     message: str
 
 
-class _Content(NamedTuple):
-    """A sample ready to be laid out; its tiles are those of all its images, in order."""
+class _Text(NamedTuple):
+    """What is known of a sample before a pixel is decoded."""
 
+    images: tuple[bytes, ...]
+    plans: Sequence[ImagePlan]
     conversation: EncodedConversation
-    tiles: UInt8[np.ndarray, "t s s 3"]
 
 
 def fill_row(
@@ -61,7 +63,7 @@ def fill_row(
     have stood without the failure. Padding has segment 0; its `sources` are 0 too and mean nothing.
 
     Args:
-        row: a row of `empty_batch` without its leading axis, views that are written in place.
+        row: a row of `unfilled_batch` without its leading axis, views that are written in place.
         samples: as packed: together they fit the row.
         sources: of the mixture, by number.
         tokenizer: of the run.
@@ -72,73 +74,69 @@ def fill_row(
         The samples that failed, in order.
     """
     failures = []
+    budget = Budget(len(row.tokens), len(row.tiles))
+    # All texts first: pictures push the tokenizer's tables out of the processor's caches.
+    texts = [_read(sample, sources[sample.source], tokenizer, tiling, budget) for sample in samples]
     start = first_tile = 0
-    for segment, sample in enumerate(samples, start=1):
-        try:
-            content = _materialise(sample, sources[sample.source], tokenizer, tiling, decode)
-        except _SampleError as error:
-            failures.append(Failure(sample.source, error.reason, str(error)))
+    for segment, (sample, text) in enumerate(zip(samples, texts, strict=True), start=1):
+        place = slice(start, start + sample.tokens)
+        tiles = slice(first_tile, first_tile + sample.tiles)
+        written = text if isinstance(text, Failure) else _write_images(sample, text, decode, row.tiles[tiles])
+        if isinstance(written, Failure):
+            row.tiles[tiles] = 0
+            failures.append(written)
         else:
-            _write_tokens(
-                row, slice(start, start + sample.tokens), content.conversation, first_tile * tiling.tokens_per_tile
-            )
-            _write_tags(
-                row,
-                slice(start, start + sample.tokens),
-                slice(first_tile, first_tile + sample.tiles),
-                segment,
-                sample.source,
-            )
-            row.tiles[first_tile : first_tile + sample.tiles] = content.tiles
-        start, first_tile = start + sample.tokens, first_tile + sample.tiles
+            _write_tokens(row, place, written, first_tile * tiling.tokens_per_tile)
+            _write_tags(row, place, tiles, segment, sample.source)
+        start, first_tile = place.stop, tiles.stop
+    row.tiles[first_tile:] = 0
     return failures
 
 
-class _SampleError(Exception):
-    """One sample cannot be used."""
-
-    def __init__(self, reason: FailureReason, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def _materialise(
-    sample: Sample, source: Source, tokenizer: Tokenizer, tiling: TilingConfig, decode: DecodeImage
-) -> _Content:
+def _read(
+    sample: Sample, source: Source, tokenizer: Tokenizer, tiling: TilingConfig, budget: Budget
+) -> _Text | Failure:
+    """Reads and tokenises a sample. Raises `DamagedShard`."""
     plans = source.plans(sample.record, sample.alpha, tiling)
     try:
         record = source.record(sample.record)
-        tiles = _image_tiles(record, plans, tiling, decode)
+        if sample.part:
+            record, plans = take_part(record, plans, sample.part, tokenizer, tiling, budget)
+        if len(record.images) != len(plans):
+            raise RecordError(f"{len(record.images)} images, its index says {len(plans)}; make the source again")
         conversation = encode_conversation(record.turns, tokenizer, plans, tiling)
     except DamagedShard:
         raise
-    except UndecodableImage as error:
-        raise _SampleError(FailureReason.IMAGE, f"record {sample.record}: {error}") from error
     except (RecordError, ConversationError) as error:
-        raise _SampleError(FailureReason.RECORD, f"record {sample.record}: {error}") from error
+        return Failure(sample.source, FailureReason.RECORD, f"record {sample.record}: {error}")
     if len(conversation.tokens) != sample.tokens:
-        raise _SampleError(
+        return Failure(
+            sample.source,
             FailureReason.RECORD,
             f"record {sample.record} has {len(conversation.tokens)} tokens, its index says {sample.tokens}; make the source again",
         )
-    return _Content(conversation, tiles)
+    return _Text(record.images, plans, conversation)
 
 
-def _image_tiles(
-    record: Record, plans: Sequence[ImagePlan], tiling: TilingConfig, decode: DecodeImage
-) -> UInt8[np.ndarray, "t s s 3"]:
-    """Tiles of all images of a record. Raises `RecordError` when images are not those of the index."""
-    if len(record.images) != len(plans):
-        raise RecordError(f"{len(record.images)} images, its index says {len(plans)}; make the source again")
-    tiles = [np.zeros((0, tiling.tile_size, tiling.tile_size, 3), np.uint8)]
-    for image, plan in zip(record.images, plans, strict=True):
-        rgb = decode(image)
+def _write_images(
+    sample: Sample, text: _Text, decode: DecodeImage, tiles: UInt8[np.ndarray, "t s s 3"]
+) -> EncodedConversation | Failure:
+    """Writes the tiles of all images of a sample, one after the other, and gives its text. After a failure `tiles` may hold anything."""
+    first = 0
+    for image, plan in zip(text.images, text.plans, strict=True):
+        try:
+            rgb = decode(image)
+        except UndecodableImage as error:
+            return Failure(sample.source, FailureReason.IMAGE, f"record {sample.record}: {error}")
         if rgb.shape[:2] != (plan.source_height, plan.source_width):
-            raise RecordError(
-                f"an image of {rgb.shape[:2]} pixels, its index says {(plan.source_height, plan.source_width)}; make the source again"
+            return Failure(
+                sample.source,
+                FailureReason.RECORD,
+                f"record {sample.record}: an image of {rgb.shape[:2]} pixels, its index says {(plan.source_height, plan.source_width)}; make the source again",
             )
-        tiles.append(tile_image(rgb, plan, tiling))
-    return np.concatenate(tiles)
+        write_tiles(rgb, plan, tiles[first : first + plan.tiles])
+        first += plan.tiles
+    return text.conversation
 
 
 def _write_tokens(row: Batch, place: slice, conversation: EncodedConversation, first_slot: int) -> None:

@@ -24,6 +24,7 @@ from absl import flags
 
 from data_pipelines.lanes import LaneRows
 from hypervl_jax.training.batch import Batch, LoadedBatch
+from hypervl_jax.vision.decoding import keep_memory
 
 _START_MODULE = "data_pipelines.worker_start"
 _STARTING = threading.Lock()
@@ -131,9 +132,10 @@ def _unflatten(element: dict[str, np.ndarray]) -> LoadedBatch:
 
 
 def _initialise_worker(index: int, count: int) -> None:
-    """Runs in each worker: Ctrl-C is the main process's to handle, and no worker outlives it."""
+    """Runs in each worker: Ctrl-C is the main process's to handle, pictures reuse memory, and no worker outlives its parent."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_memory()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

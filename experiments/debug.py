@@ -70,6 +70,9 @@ def _embedded_data(data: DataConfig) -> DataConfig:
         data,
         root=DEBUG_DATA,
         mixture=tuple(SourceShare(name, 1.0) for name in SOURCES),
+        changes=(),
+        epoch_limit=0.0,
+        epoch_limits=(),
         workers=min(data.workers, MOST_WORKERS),
         alphas="",
     )

@@ -307,7 +307,7 @@ def _guarded_start(
     watched: MonitorConfig,
 ) -> int:
     """`start`, with the errors that explain themselves printed without a stack. Among other processes a failed one exits here."""
-    from data_pipelines.lanes import SourceFailed
+    from data_pipelines.lane_state import SourceFailed
     from data_pipelines.records import RecordError
     from data_pipelines.workers import WorkerDied
     from experiments import distributed, storage

@@ -1,4 +1,4 @@
-"""A plan as one JSON object, as tables for a terminal, and as a row of the Markdown table of docs/scale.md."""
+"""A plan as one JSON object and as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "chips": plan.topology.chips,
         "devices": plan.topology.num_devices,
         "mesh": dict(plan.mesh),
+        "rows": plan.config.batch.rows,
         "rows_per_shard": plan.rows_per_shard,
         "accumulation": objective.accumulation,
         "loss_chunk_tokens": objective.loss_chunk_tokens,
         "runtime": dataclasses.asdict(runtime),
         "fits": plan.memory.fits,
+        "planned": planned(plan),
         "bytes": dataclasses.asdict(plan.memory),
         "arms": {name_of(arm): _arm_to_json(arm) for arm in plan.arms},
         "step_seconds_floor": plan.step_floor,
@@ -65,7 +67,7 @@ def _arm_to_json(arm: ArmPlan) -> dict[str, Any]:
         "compiled_flops": sum(arm.compiled.values()),
         "useful_flops": sum(arm.useful.values()),
         "useful_share": arm.useful_share,
-        "collectives": collective_totals(arm),
+        "collectives": None if arm.collectives is None else collective_totals(arm),
         "demand": arm.demand and arm.demand._asdict(),
         "floors": arm.floors and arm.floors._asdict(),
     }
@@ -151,7 +153,8 @@ def _limits_table(plan: Plan) -> Table:
             continue
         amounts = (f"{arm.demand.flops / TERA:,.2f} TFLOP", *(f"{size / GB:,.3f} GB" for size in arm.demand[1:]))
         for limit, amount, seconds in zip(arm.floors._fields, amounts, arm.floors, strict=True):
-            table.add_row(name_of(arm), limit, amount, f"{seconds:.4f}")
+            known = limit == "arithmetic" or arm.collectives is not None
+            table.add_row(name_of(arm), limit, *((amount, f"{seconds:.4f}") if known else ("unknown", "unknown")))
         for total in collective_totals(arm):
             where = "between slices" if total["crosses_slices"] else "in the slice"
             calls, received = int(total["calls"]), total["received"] / GB
@@ -160,46 +163,9 @@ def _limits_table(plan: Plan) -> Table:
     return table
 
 
-COLUMNS = (
-    "stage",
-    "topology",
-    "chips",
-    "mesh",
-    "rows at a time",
-    "remat",
-    "GiB of",
-    "useful/compiled",
-    "limit",
-    "MFU at most",
-    "tokens/s a chip",
-    "days",
-    "chip-hours",
-)
-
-
-def markdown(plans: Iterable[Plan]) -> str:
-    """The table of docs/scale.md."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(_cells(plan))} |" for plan in plans]
-    return "\n".join(lines)
-
-
-def _cells(plan: Plan) -> tuple[str, ...]:
-    memory, budget = plan.memory, plan.budget
-    fits = f"{memory.needed / GIB:.1f} of {memory.available / GIB:.1f}"
-    slowest = max((arm for arm in plan.arms if arm.floors), key=lambda arm: arm.floors.seconds, default=None)
-    return (
-        plan.config.name,
-        plan.topology.name,
-        f"{plan.topology.chips:,}",
-        " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1),
-        f"{plan.rows_per_shard} of {plan.config.batch.rows}",
-        f"{plan.config.runtime.decoder_remat}/{plan.config.runtime.tower_remat}",
-        fits if memory.fits else f"**{fits}: does not fit**",
-        " / ".join(f"{name_of(arm)} {arm.useful_share:.0%}" for arm in plan.arms),
-        slowest.floors.limit if slowest else "",
-        f"{plan.mfu_bound:.0%}" if plan.mfu_bound else "",
-        f"{budget.tokens_per_chip_second:,.0f} at {budget.mfu:.0%}",
-        f"{budget.days:.1f}",
-        f"{budget.chip_hours:,.0f}",
-    )
+def planned(plan: Plan) -> str:
+    """What `experiments.hardware.Hardware.planned` says of a layout."""
+    if plan.step_floor is None:
+        return verdict(plan.memory)
+    memory = f"{plan.memory.needed / GIB:.1f} of {plan.memory.available / GIB:.1f} GiB a device"
+    return f"{memory}, step at least {plan.step_floor:.2f} s"

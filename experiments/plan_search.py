@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
+import jax
+
 from experiments.config import ExperimentConfig
-from experiments.planning import Compiled, Plan
+from experiments.planning import Plan, plan
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import BRANCHES, VisionConfig, projector_part, require, vision_part
 from hypervl_jax.planning import useful
@@ -132,22 +137,46 @@ def frontier(found: list[Candidate]) -> list[Candidate]:
 
 
 def search(
-    config: ExperimentConfig, topology: Topology, compile_plan: Callable[[ExperimentConfig], Compiled]
-) -> tuple[Compiled, list[Plan]]:
-    """The layout with the shortest step that fits, and all plans that were compiled; the last one tried when none fits.
+    config: ExperimentConfig, topology: Topology, make_plan: Callable[[ExperimentConfig], Plan | None]
+) -> tuple[Plan, list[Plan]]:
+    """The layout with the shortest step that fits, and all plans that were made; the last one when none fits.
 
-    `compile_plan` plans one configuration on the topology.
+    `make_plan` plans one configuration on the topology. None says that the compiler fails at it, and leaves out all layouts with
+    the same rematerialisation. Raises `ConfigError` when it fails at all of them.
     """
-    line, tried = frontier(list(candidates(config, topology))), []
-    low, high = 0, len(line) - 1
-    best = last = None
-    while low <= high:
-        middle = (low + high) // 2
-        last = compile_plan(line[middle].config)
-        tried.append(last.plan)
-        if last.plan.memory.fits:
-            best = last if best is None or last.plan.step_floor < best.plan.step_floor else best
-            low = middle + 1
+    left, tried = list(candidates(config, topology)), []
+    while line := frontier(left):
+        tested = line[(len(line) - 1) // 2]
+        made = make_plan(tested.config)
+        if made is None:
+            left = [one for one in left if rematerialisation(one) != rematerialisation(tested)]
+            continue
+        tried.append(made)
+        if made.memory.fits:
+            left = [one for one in left if one.memory > tested.memory and one.seconds < tested.seconds]
         else:
-            high = middle - 1
-    return best or last, tried
+            left = [one for one in left if one.memory < tested.memory]
+    require(bool(tried), f"the TPU compiler fails at every layout of {config.name} on {topology.name}")
+    fitting = [plan for plan in tried if plan.memory.fits]
+    return min(fitting, key=lambda plan: plan.step_floor) if fitting else tried[-1], tried
+
+
+def rematerialisation(candidate: Candidate) -> tuple[str, str]:
+    """The policies of decoder and tower."""
+    return candidate.config.runtime.decoder_remat, candidate.config.runtime.tower_remat
+
+
+def plan_apart(
+    config: ExperimentConfig, topology: Topology, mfu: float, price_per_chip_hour: float | None
+) -> Plan | None:
+    """A plan made in a process of its own; None when that dies, for libtpu aborts its process at an error of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_plan_on_cpu, config, topology, mfu, price_per_chip_hour).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _plan_on_cpu(config: ExperimentConfig, topology: Topology, mfu: float, price_per_chip_hour: float | None) -> Plan:
+    jax.config.update("jax_platforms", "cpu")
+    return plan(config, topology, mfu, price_per_chip_hour).plan

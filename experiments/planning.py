@@ -18,7 +18,7 @@ import numpy as np
 from data_pipelines.lanes import source_names
 from experiments.config import EXPECTED_FILL, ExperimentConfig
 from hypervl_jax import partitioning
-from hypervl_jax.architecture import HyperVLConfig
+from hypervl_jax.architecture import HyperVLConfig, require
 from hypervl_jax.planning import bounds, flops, programs, useful
 from hypervl_jax.planning.chips import GIB, Topology
 from hypervl_jax.training.batch import Batch
@@ -62,7 +62,8 @@ class Memory:
 class ArmPlan:
     """One arm of the step's switch: `compiled` and `useful` FLOPs over all devices, and what a device moves in a step.
 
-    The last three are None when the step does not fit.
+    The last three are None when the step does not fit. `collectives` alone is None when the program could not be read: then `demand`
+    has nothing but FLOPs, and the floor is that of arithmetic.
     """
 
     branches: tuple[str, ...]
@@ -169,13 +170,40 @@ def plan(
     executable, needed = compile_traced(traced, mesh)
     memory = memory_of(state, batch, executable, needed, topology)
     say("reading the program")
-    program = programs.parse_program(executable.as_text()) if executable else None
-    arms = tuple(plan_arm(config, topology, number, count, program) for number, count in enumerate(counts))
+    program = read_program(executable) if executable else None
+    arms = tuple(plan_arm(config, topology, number, count, memory.fits, program) for number, count in enumerate(counts))
+    budget = stage_budget(config, topology, arms, mfu, price_per_chip_hour)
+    return Compiled(Plan(config, topology, dict(mesh.shape), memory, arms, budget), executable)
+
+
+def stage_budget(
+    config: ExperimentConfig, topology: Topology, arms: tuple[ArmPlan, ...], mfu: float, price: float | None
+) -> bounds.Budget:
+    """Time and cost of all of a configuration's tokens at a stated MFU."""
     mean = mean_over_arms(config.consistency, [sum(arm.useful.values()) for arm in arms])
     tokens = config.batch.rows * config.batch.length * EXPECTED_FILL
     total = config.loop.token_budget or config.loop.steps * tokens
-    budget = bounds.budget(topology, mean, tokens, total, mfu, price_per_chip_hour)
-    return Compiled(Plan(config, topology, dict(mesh.shape), memory, arms, budget), executable)
+    return bounds.budget(topology, mean, tokens, total, mfu, price)
+
+
+def runs_the_same_program(one: ExperimentConfig, other: ExperimentConfig) -> bool:
+    """Whether two configurations compile to the same step but for constants (learning rates) and the few bytes of the counters by source."""
+    shaping = lambda config: (
+        config.architecture,
+        config.batch,
+        config.runtime,
+        config.consistency,
+        config.objective,
+        config.mesh,
+        config.optimizer.trainable_parts,
+    )
+    return shaping(one) == shaping(other)
+
+
+def replan(made: Plan, config: ExperimentConfig, mfu: float, price: float | None) -> Plan:
+    """The plan of a configuration that runs the program of a plan that is there, on the same topology: only the budget is its own."""
+    require(runs_the_same_program(made.config, config), f"{config.name} runs another program than {made.config.name}")
+    return dataclasses.replace(made, config=config, budget=stage_budget(config, made.topology, made.arms, mfu, price))
 
 
 def compile_traced(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, int]:
@@ -188,6 +216,14 @@ def compile_traced(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> tuple[
         if needed is None:
             raise
         return None, needed
+
+
+def read_program(executable: jax.stages.Compiled) -> programs.Program | None:
+    """The compiled program; None where libtpu cannot write it down: 0.0.52 fails at some asynchronous instructions of v5p and v6e."""
+    try:
+        return programs.parse_program(executable.as_text())
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
@@ -228,17 +264,20 @@ def plan_arm(
     topology: Topology,
     number: int,
     compiled: flops.Tally,
+    fits: bool,
     program: programs.Program | None,
 ) -> ArmPlan:
-    """What one arm of the step's switch costs, given its counted FLOPs."""
+    """What one arm of the step's switch costs, given its counted FLOPs; of a step that fits and cannot be read only the arithmetic."""
     arm = config.consistency.arms[number]
     needed = useful_flops(config, arm)
+    arithmetic = sum(compiled.values()) / topology.num_devices
     if program is None:
-        return ArmPlan(arm, compiled, needed, None, None, None)
+        demand = bounds.Demand(arithmetic) if fits else None
+        return ArmPlan(arm, compiled, needed, None, demand, demand and bounds.floors(topology.chip, demand))
     moves = tuple(programs.collectives(program, number, topology.slices))
     received = {crosses: sum(move.received for move in moves if move.crosses == crosses) for crosses in (False, True)}
     demand = bounds.Demand(
-        sum(compiled.values()) / topology.num_devices,
+        arithmetic,
         programs.hbm_bytes(program, number),
         received[False],
         received[True],

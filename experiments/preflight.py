@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 
 from data_pipelines.config import DataConfig
 from data_pipelines.lanes import manifest_hashes, source_directories
+from data_pipelines.named_mixtures import PUBLIC_SOURCES
 from data_pipelines.records import MANIFEST
 from experiments.config import RANDOM, ExperimentConfig
-from experiments.public_sources import PUBLIC_SOURCES
 from hypervl_jax.models.safetensors_files import read_directory
 from hypervl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from hypervl_jax.training.checkpoint import (
@@ -44,7 +43,7 @@ def heldout_data(config: ExperimentConfig) -> dict[int, DataConfig]:
     heldout = config.heldout
     sources = enumerate(config.data.mixture) if heldout.batches else ()
     return {
-        number: dataclasses.replace(config.data, split=heldout.split, mixture=(source,))
+        number: config.data.heldout(source.name, heldout.split)
         for number, source in sources
         if source.name not in heldout.left_out
     }

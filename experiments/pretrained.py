@@ -36,22 +36,31 @@ def load_stage(path: str, say: Say, targets: Mapping[str, Any]) -> dict[str, Any
 def load_published(
     architecture: HyperVLConfig, source: InitializeConfig, say: Say, targets: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Towers and language model from Hugging Face directories, shard by shard into the shardings of `targets`."""
+    """Towers and language model from Hugging Face directories; `say` is told where every part comes from."""
+    params, reports = read_published(architecture, source, targets)
+    for part, report in reports.items():
+        say(f"{part}: {listing(report)}")
+    return params
+
+
+def read_published(
+    architecture: HyperVLConfig, source: InitializeConfig, targets: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, LoadReport]]:
+    """The parts that come from Hugging Face directories, shard by shard into the shardings of `targets`; a report of every part."""
     readers = {vision_part(branch): (load_vision, architecture.vision(branch)) for branch in BRANCHES}
     readers[DECODER] = (load_decoder, architecture.decoder)
     directories = {DECODER: source.llm} | {
         vision_part(branch): getattr(source, vision_part(branch)) for branch in BRANCHES
     }
-    params = {}
+    params, reports = {}, {}
     for part in PARTS:
         directory = directories.get(part, RANDOM)
-        report = LoadReport.random(targets[part])
+        reports[part] = LoadReport.random(targets[part])
         if directory != RANDOM:
             load, config = readers[part]
             shardings = jax.tree.map(lambda leaf: leaf.sharding, targets[part])
-            params[part], report = load(directory, config, shardings)
-        say(f"{part}: {listing(report)}")
-    return params
+            params[part], reports[part] = load(directory, config, shardings)
+    return params, reports
 
 
 def listing(report: LoadReport) -> str:

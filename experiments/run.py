@@ -65,7 +65,7 @@ def heldout_stream(config: ExperimentConfig, tokenizer: Tokenizer, lanes: tuple[
 
 def source_epochs(loader: LaneLoader, lane_states: Int32[np.ndarray, "b k"]) -> dict[str, float]:
     """Passes over each source so far: samples drawn by these lanes, scaled to all lanes, over the records there are."""
-    all_lanes, sources = len(loader.mixture.phases), loader.mixture.sources
+    all_lanes, sources = loader.mixture.lanes, loader.mixture.sources
     drawn = [counters.drawn for counters in loader.report(lane_states).values()]
     records = [len(source) * len(lane_states) / all_lanes for source in sources]
     return {source.name: count / size for source, count, size in zip(sources, drawn, records, strict=True)}

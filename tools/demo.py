@@ -125,7 +125,7 @@ def steps(workdir: pathlib.Path) -> list[Step]:
             ),
             workdir / "evaluation",
             workdir / "evaluation" / "summary.json",
-            ("hypervl_jax/evaluation/metrics.py", "hypervl_jax/evaluation/benchmarks.py", "tools/evaluate.py"),
+            (*(f"hypervl_jax/evaluation/{name}.py" for name in ("metrics", "benchmarks", "runs")), "tools/evaluate.py"),
         ),
         Step(
             "report",
@@ -362,7 +362,7 @@ def show(demo: Demo, ran: bool) -> None:
     # Imported late: a demo that has to wait for minutes should say so at once.
     from hypervl_jax.evaluation.analysis import verdict_text
     from hypervl_jax.evaluation.benchmarks import read_results
-    from tools.evaluate import RESULTS, accuracy_table
+    from hypervl_jax.evaluation.runs import RESULTS, accuracy_table
 
     _, rows = read_results(demo.workdir / "evaluation" / RESULTS)
     console = Console()

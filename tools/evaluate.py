@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from data_pipelines.config import DataConfig, SourceShare
 from data_pipelines.lanes import MissingData, manifest_hashes
 from data_pipelines.records import PARAPHRASE_SEPARATOR, Record, RecordError, content_hash
 from data_pipelines.sources import Source
 from experiments import storage
-from hypervl_jax import architecture
-from hypervl_jax.architecture import BRANCHES, PARTS, ConfigError, require
-from hypervl_jax.evaluation import analysis, benchmarks
-from hypervl_jax.evaluation.benchmarks import (
-    CONDITIONS,
-    UNTRAINED,
-    HeldoutTask,
-    Item,
-    ItemResult,
-    Measurement,
-    ResultsError,
-    ResultsFile,
-    evaluate,
-    group,
-    heldout_task,
+from hypervl_jax.architecture import ConfigError, require
+from hypervl_jax.evaluation import analysis
+from hypervl_jax.evaluation.benchmarks import Item, ItemResult, ResultsError, ResultsFile, heldout_task
+from hypervl_jax.evaluation.runs import (
+    RESULTS,
+    SUMMARY,
+    accuracy_table,
+    add_measurement_options,
+    add_model_options,
+    model_identity,
+    names,
+    output_directory,
+    planned,
+    run_plan,
 )
-from hypervl_jax.inference.assistant import AUTO, Assistant, load_assistant
-from hypervl_jax.models.compressor_io import WEIGHTS as COMPRESSOR_WEIGHTS
+from hypervl_jax.inference.assistant import Assistant, load_assistant
 from hypervl_jax.text.conversation import Turn
 from hypervl_jax.text.tokenizer import TokenizerError
-from hypervl_jax.training.checkpoint import CheckpointError, checkpoint_home, find_step, read_description
-from hypervl_jax.training.state import abstract_parameters, initialise_parts
+from hypervl_jax.training.checkpoint import CheckpointError, checkpoint_home
 from hypervl_jax.training.telemetry.records import write_json
 from hypervl_jax.vision.decoding import UndecodableImage
-from hypervl_jax.vision.resolution import MAX_ALPHA, MIN_ALPHA
 
-RESULTS, SUMMARY = "results.jsonl", "summary.json"
-BOTH = "both"
-UNTRAINED_SEED = 0
 USAGE_ERROR = 2
 
 _DESCRIPTION = """\
@@ -78,22 +67,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_options(made)
     add = made.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a run's --workdir, or the checkpoints directory in it")
-    add("--step", type=int, metavar="N", help="of the checkpoint (default: the newest)")
-    add("--compressor", metavar="DIR", help="what tools.train_compressor wrote; needed for --alpha auto")
     add("--data", required=True, metavar="ROOT", help="holds SPLIT/TASK, sources with answers in their last turn")
     add("--split", default="heldout", help="(default: heldout)")
     add("--tasks", default="digits,documents,charts,scenes", metavar="LIST", help="sources (default: %(default)s)")
-    add("--encoder", default=BOTH, choices=(*BRANCHES, BOTH), help="(default: both)")
-    add("--alpha", default="1.0", metavar="LIST", help="numbers from 0.1 to 1, or auto (default: %(default)s)")
-    add(
-        "--conditions", default="image,blank", metavar="LIST", help=f"of {', '.join(CONDITIONS)} (default: %(default)s)"
-    )
-    add("--limit", type=int, metavar="N", help="only the first N items of each task")
-    add("--rows", type=int, default=benchmarks.BATCH_ROWS, metavar="N", help="items a batch (default: %(default)s)")
-    add("--output", metavar="DIR", help="for results and summary (default: evaluation/ beside the checkpoints)")
-    add("--json", action="store_true", help="print the summary as JSON on standard output")
+    add_measurement_options(made, conditions="image,blank")
     return made
 
 
@@ -131,69 +110,16 @@ def _item(record: Record, task: str) -> Item:
     )
 
 
-def parse_alphas(text: str) -> list[float | str]:
-    """α's of a list such as "1.0,auto". Raises `ConfigError` for anything else."""
-    try:
-        alphas = [AUTO if part == AUTO else float(part) for part in _names(text)]
-    except ValueError:
-        raise ConfigError(f"--alpha {text!r} is no list of numbers and {AUTO!r}") from None
-    for alpha in alphas:
-        require(
-            alpha == AUTO or MIN_ALPHA <= alpha <= MAX_ALPHA, f"--alpha {alpha} is not in [{MIN_ALPHA}, {MAX_ALPHA}]"
-        )
-    return alphas
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def planned(options: argparse.Namespace) -> list[Measurement]:
-    """All ways to answer that were asked for. Raises `ConfigError` for those that cannot be."""
-    alphas = parse_alphas(options.alpha)
-    require(AUTO not in alphas or options.compressor is not None, "--alpha auto needs --compressor DIR")
-    require(options.limit is None or options.limit > 0, f"--limit {options.limit} must be positive")
-    require(options.rows > 0, f"--rows {options.rows} must be positive")
-    encoders = BRANCHES if options.encoder == BOTH else (options.encoder,)
-    return benchmarks.measurements(encoders, _names(options.conditions), alphas)
-
-
 def subject(options: argparse.Namespace, assistant: Assistant) -> dict[str, Any]:
     """What the results are about: which model, VRC and data. Results of another subject are never mixed in."""
-    mixture = tuple(SourceShare(task, 1.0) for task in _names(options.tasks))
-    compressor = {"compressor": _compressor_identity(options.compressor)} if options.compressor else {}
+    mixture = tuple(SourceShare(task, 1.0) for task in names(options.tasks))
     return {
-        "model": _checkpoint_identity(options.checkpoint, options.step),
-        **compressor,
+        **model_identity(options),
         "tokenizer": assistant.tokenizer.fingerprint,
         "tiling": dataclasses.asdict(assistant.config.tiling),
         "split": options.split,
         "manifests": manifest_hashes(DataConfig(options.data, mixture, seed=0, split=options.split)),
     }
-
-
-def _compressor_identity(directory: str) -> str:
-    return hashlib.sha256((pathlib.Path(directory) / COMPRESSOR_WEIGHTS).read_bytes()).hexdigest()
-
-
-def _checkpoint_identity(directory: str, step: int | None) -> dict[str, Any]:
-    """Step and description of a checkpoint: training is deterministic, so they name its parameters."""
-    home = checkpoint_home(directory)
-    description = read_description(home)
-    text = json.dumps([architecture.to_json(description.architecture), description.details], sort_keys=True)
-    return {"step": find_step(home, step), "description": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def untrained(assistant: Assistant) -> Assistant:
-    """The same architecture with random parameters, as a run that starts from nothing begins."""
-    abstract, _ = abstract_parameters(assistant.config, assistant.runtime)
-    shardings = {part: jax.tree.map(lambda _: _one_device(), abstract[part]) for part in PARTS}
-    params = initialise_parts(assistant.config, assistant.runtime, PARTS, UNTRAINED_SEED, shardings)
-    return Assistant(assistant.config, assistant.runtime, params, assistant.tokenizer)
-
-
-def _one_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def run(options: argparse.Namespace) -> list[ItemResult]:
@@ -209,55 +135,11 @@ def run(options: argparse.Namespace) -> list[ItemResult]:
         heldout_task(
             task, read_items(options.data, options.split, task, fingerprint, options.limit), assistant.tokenizer
         )
-        for task in _names(options.tasks)
+        for task in names(options.tasks)
     ]
     require(bool(tasks), "give at least one of --tasks")
     with ResultsFile(output_directory(options) / RESULTS, subject(options, assistant)) as results:
-        return _run_plan(plan, tasks, assistant, results, options.rows)
-
-
-def _run_plan(
-    plan: Sequence[Measurement], tasks: Sequence[HeldoutTask], trained: Assistant, results: ResultsFile, rows: int
-) -> list[ItemResult]:
-    assistants, found = {False: trained}, []
-    with _progress() as progress:
-        line = progress.add_task("", total=len(plan) * sum(len(task.items) for task in tasks))
-        for measurement in plan:
-            random = measurement.condition == UNTRAINED
-            if random not in assistants:
-                assistants[random] = untrained(trained)
-            for task in tasks:
-                progress.update(line, description=f"{task.name} · {' '.join(map(str, measurement))}")
-                step = lambda items: progress.update(line, advance=items)
-                found += evaluate(assistants[random], task, measurement, results, step, rows).items
-    return found
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-
-
-def output_directory(options: argparse.Namespace) -> pathlib.Path:
-    """Where results go: --output, or `evaluation` beside the checkpoints."""
-    return pathlib.Path(options.output or checkpoint_home(options.checkpoint).parent / "evaluation")
-
-
-def accuracy_table(rows: Sequence[ItemResult]) -> Table:
-    """The table for a terminal: a line for each task and encoder, a column for each condition and α."""
-    groups = group(rows)
-    columns = list(dict.fromkeys((key.condition, key.alpha) for _, key in groups))
-    table = Table(caption="score in % [95 % interval]", title_justify="left")
-    for heading in ("task", "encoder", "items"):
-        table.add_column(heading, no_wrap=True)
-    for condition, alpha in columns:
-        table.add_column(analysis.condition_name(condition, alpha), justify="right")
-    for task, encoder in dict.fromkeys((task, key.encoder) for task, key in groups):
-        results = [groups.get((task, Measurement(encoder, *column))) for column in columns]
-        items = max(len(result.items) for result in results if result is not None)
-        cells = ["" if result is None else analysis.percent(result.score) for result in results]
-        table.add_row(task, encoder, str(items), *cells)
-    return table
+        return run_plan(plan, tasks, assistant, results, options.rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,9 +18,9 @@ from jax.experimental import serialize_executable
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from experiments import launch, plan_report, plan_search
+from experiments import launch, plan_report, plan_search, plan_tables
 from experiments.config import ExperimentConfig
-from experiments.planning import Compiled, Plan, plan
+from experiments.planning import Compiled, Plan, plan, replan, runs_the_same_program
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.planning.chips import CompilerMissing, Topology, topology
 
@@ -41,7 +41,7 @@ examples:
   python -m tools.plan_topology --config stage1 --topology v5e-256
   python -m tools.plan_topology --config stage2 --topology v5p-512 --rows-per-chip 2 --mfu 0.45 --price-per-chip-hour 4.2
   python -m tools.plan_topology --config stage3 --topology v6e-256 --search
-  python -m tools.plan_topology --table --config stage1,stage2,stage3 --topology v5e-256,v6e-256,v5p-512,2xv5e-256,v5p-4096
+  python -m tools.plan_topology --table --config stage1,stage2,stage3 --topology v5e-256,v6e-256,v5p-512,2xv5e-256,v5p-8192
 
 exit status:
   0  planned, also when it does not fit (see "fits" with --json)    2  it cannot be planned as asked
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print one JSON object instead of tables: the plan, or {plans: [...]} of several",
     )
-    shown.add_argument("--table", action="store_true", help="print the Markdown table of docs/scale.md")
+    shown.add_argument("--table", action="store_true", help="print the Markdown tables of docs/scale.md")
     return made
 
 
@@ -120,25 +120,38 @@ def configured(
 def make_plan(options: argparse.Namespace, config: ExperimentConfig, wanted: Topology, console: Console) -> Compiled:
     """One plan, or the best one of a search; says on `console` what is being waited for."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    asked = (options.mfu, options.price_per_chip_hour)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{config.name} on {wanted.name}")
 
         def say(text: str) -> None:
             progress.update(task, description=f"{config.name} on {wanted.name}: {text}")
 
-        def one(candidate: ExperimentConfig) -> Compiled:
-            return plan(candidate, wanted, options.mfu, options.price_per_chip_hour, say)
+        def apart(candidate: ExperimentConfig) -> Plan | None:
+            say(f"compiling {layout_of(candidate)}")
+            made = plan_search.plan_apart(candidate, wanted, *asked)
+            if made is None:
+                progress.console.print(f"left out, for the TPU compiler fails at it: {layout_of(candidate)}")
+            return made
 
         if not options.search:
-            return one(config)
-        best, tried = plan_search.search(config, wanted, one)
-    if not options.json:
-        console.print(plan_report.markdown(tried), highlight=False, markup=False)
-    return best
+            return plan(config, wanted, *asked, say)
+        best, tried = plan_search.search(config, wanted, apart)
+        console.print(plan_tables.overview(map(plan_report.to_json, tried)), highlight=False, markup=False)
+        return plan(best.config, wanted, *asked, say) if options.save else Compiled(best, None)
+
+
+def layout_of(config: ExperimentConfig) -> str:
+    """What a search changes, in a few words."""
+    runtime, objective = config.runtime, config.objective
+    return (
+        f"remat {runtime.decoder_remat}/{runtime.tower_remat}, {objective.accumulation} micro-batches, "
+        f"loss chunk {objective.loss_chunk_tokens}"
+    )
 
 
 def save(directory: pathlib.Path, made: Compiled) -> None:
-    """Writes plan.json and, when the step fits, the optimised HLO and the executable as `jax` serializes it.
+    """Writes plan.json and, when the step was compiled for it and fits, the optimised HLO and the executable as `jax` serializes it.
 
     The executable is for people who trust its origin: reading it back (`serialize_executable.deserialize_and_load`) unpickles.
     """
@@ -156,17 +169,30 @@ def show(options: argparse.Namespace, made: Plan) -> None:
 
 
 def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> list[Plan]:
-    """Plans every configuration on every topology, shows and saves each."""
-    plans, errors = [], Console(stderr=True)
+    """Plans every configuration on every topology, shows and saves each; a program that was compiled before is not compiled again."""
+    plans: list[Plan] = []
+    errors = Console(stderr=True)
     for name, place in itertools.product(options.config.split(","), options.topology.split(",")):
         wanted = topology(place)
-        made = make_plan(options, configured(options, overrides, name, wanted), wanted, errors)
+        config = configured(options, overrides, name, wanted)
+        known = None if options.search else find_compiled(plans, config, wanted)
+        if known is None:
+            made = make_plan(options, config, wanted, errors)
+        else:
+            errors.print(f"{name} runs the program of {known.config.name} on {wanted.name}: not compiled again")
+            made = Compiled(replan(known, config, options.mfu, options.price_per_chip_hour), None)
         if options.save:
             several = "," in options.config + options.topology
             save(pathlib.Path(options.save, *([f"{name}-{place.replace(':', '-')}"] * several)), made)
         show(options, made.plan)
         plans.append(made.plan)
     return plans
+
+
+def find_compiled(plans: Sequence[Plan], config: ExperimentConfig, wanted: Topology) -> Plan | None:
+    """A plan whose program is that of a configuration on a topology, if there is one."""
+    same = (plan for plan in plans if plan.topology == wanted and runs_the_same_program(plan.config, config))
+    return next(same, None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,10 +205,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CompilerMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    described = [plan_report.to_json(made) for made in plans]
     if options.table:
-        print(plan_report.markdown(plans))
+        print(plan_tables.tables(described))
     if options.json:
-        described = [plan_report.to_json(made) for made in plans]
         print(json.dumps({"plans": described} if len(described) > 1 else described[0]))
     else:
         print(plan_report.CONVENTIONS)

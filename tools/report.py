@@ -19,10 +19,11 @@ from experiments.workdir import CHECKPOINTS, RELEASE, read_json
 from hypervl_jax.architecture import ConfigError, TilingConfig, require
 from hypervl_jax.evaluation.benchmarks import Item, ItemResult, ResultsError, read_results
 from hypervl_jax.evaluation.report import Contents, TrainingRun, build_page
+from hypervl_jax.evaluation.runs import RESULTS
 from hypervl_jax.training.telemetry.metrics_log import read_metrics
 from hypervl_jax.training.telemetry.records import RUN_RECORD, git_revision
 from tools.demo import DemoError, read_record
-from tools.evaluate import RESULTS, read_items
+from tools.evaluate import read_items
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -16,7 +16,10 @@ AnyRes tiles, alternating branches with a KL from Large to Base. Everything else
   it, since they are pretrained and the noise of the projectors reaches them. 1000 steps of warm-up are 2.5 % of the run. Cosine to a tenth.
 - AdamW with b2 0.95, weight decay 0.1 and clipping at 1: the defaults of large language-model training.
 - DCL: λ 1, T 2, 1:1, answer tokens. The teacher starts as poor as the student; `--config.consistency.kl_weight=0` is the ablation.
-- Mixture: shares of tokens, ours. Captions of several writers, a share of images full of text, little of what is rare and good.
+- Mixture: shares of tokens, ours (`data_pipelines/named_mixtures.py`). Captions of several writers, a share of images full of text,
+  little of what is rare and good. `python -m tools.plan_data --config stage1` says from the sources' manifests how far they reach.
+- No source is read more than 4 times: up to there repeated text was nearly as good as new (Muennighoff et al., arXiv 2305.16264). The
+  run stops and says so; `--config.data.over_limit=reweight` would give the share to the other sources.
 - α jitter 0.1: a tenth of the samples are scaled by a random α, so that the labels of the VRC measure what scaling loses and not
   that scaled images are unfamiliar.
 - Loss spikes: a loss above twice the median of its arm's last 128 steps goes back to the last checkpoint and skips 8 batches.
@@ -28,7 +31,8 @@ from __future__ import annotations
 
 import ml_collections
 
-from data_pipelines.config import DataConfig, SourceShare
+from data_pipelines.config import DataConfig
+from data_pipelines.named_mixtures import MIXTURES
 from experiments.config import ExperimentConfig, steps_for
 from experiments.overrides import to_config_dict
 from hypervl_jax.architecture import hypervl_2b
@@ -39,14 +43,6 @@ from hypervl_jax.training.optimizer import OptimizerConfig
 
 TOKENS = 82_800_000_000
 BATCH = BatchShape(rows=512, length=4096, tiles=14)
-MIXTURE = (
-    SourceShare("recap-datacomp", 0.40),
-    SourceShare("kale", 0.25),
-    SourceShare("pixelprose", 0.15),
-    SourceShare("blip3-ocr", 0.10),
-    SourceShare("blip3-grounding", 0.07),
-    SourceShare("pixmo-cap", 0.03),
-)
 
 
 def experiment() -> ExperimentConfig:
@@ -55,7 +51,9 @@ def experiment() -> ExperimentConfig:
         name="stage1",
         architecture=hypervl_2b(),
         batch=BATCH,
-        data=DataConfig(root="data/stage1", mixture=MIXTURE, seed=1, window=64, workers=16, alpha_jitter=0.1),
+        data=DataConfig(
+            root="data/stage1", mixture=MIXTURES["stage1"], seed=1, epoch_limit=4.0, workers=16, alpha_jitter=0.1
+        ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, vision_multiplier=0.1, frozen=("decoder",), schedule="cosine", warmup_steps=1000
         ),

@@ -5,11 +5,12 @@ Stage 2 of HyperVL (arXiv 2512.14052) at full size. Published: the 214.6B multi-
 stage 1:
 
 - Batch: 512 rows of 8192 positions, 4.2M a step: document pages with long transcriptions and interleaved web pages do not fit
-  4096. 24 tiles a row are 6144 visual tokens: with a quarter of text-only tokens a row seldom has more.
+  4096. 24 tiles a row are 6144 visual tokens: with a tenth of text-only tokens and transcriptions beside the pages a row seldom has more.
 - Everything is trained. Learning rates: LLM and projectors 5e-5, encoders 1e-5 (a fifth), an optimizer that starts afresh:
   continued pretraining of finished parts, far below their own peak rates. 1000 steps of warm-up (1.9 %).
-- Mixture: shares of tokens, ours: captions against forgetting, documents and text in images (a third) since reading is what
-  HyperVL reports first, interleaved pages, instructions, and 15 % text alone to keep the language model.
+- Mixture: shares of tokens, ours (`data_pipelines/named_mixtures.py`): captions against forgetting, documents, charts and text in images
+  (a third) since reading is what HyperVL reports first, grounding and screens, questions with much of STEM, several images at once,
+  and 10 % text alone to keep the language model.
 - DCL as in stage 1: it is where the paper describes it.
 """
 
@@ -19,7 +20,7 @@ import dataclasses
 
 import ml_collections
 
-from data_pipelines.config import SourceShare
+from data_pipelines.named_mixtures import MIXTURES
 from experiments.config import ExperimentConfig, steps_for
 from experiments.configs import stage1
 from experiments.overrides import to_config_dict
@@ -28,20 +29,6 @@ from hypervl_jax.training.optimizer import OptimizerConfig
 
 TOKENS = 214_600_000_000
 BATCH = BatchShape(rows=512, length=8192, tiles=24)
-MIXTURE = (
-    SourceShare("recap-datacomp", 0.15),
-    SourceShare("kale", 0.10),
-    SourceShare("pdfa", 0.15),
-    SourceShare("idl", 0.06),
-    SourceShare("docmatix", 0.06),
-    SourceShare("blip3-ocr", 0.06),
-    SourceShare("blip3-grounding", 0.05),
-    SourceShare("obelics", 0.10),
-    SourceShare("cauldron", 0.06),
-    SourceShare("llava-onevision", 0.06),
-    SourceShare("fineweb-edu", 0.10),
-    SourceShare("finemath", 0.05),
-)
 
 
 def experiment() -> ExperimentConfig:
@@ -51,7 +38,7 @@ def experiment() -> ExperimentConfig:
         base,
         name="stage2",
         batch=BATCH,
-        data=dataclasses.replace(base.data, root="data/stage2", mixture=MIXTURE, seed=2),
+        data=dataclasses.replace(base.data, root="data/stage2", mixture=MIXTURES["stage2"], seed=2),
         optimizer=OptimizerConfig(learning_rate=5e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=1000),
         loop=dataclasses.replace(base.loop, steps=steps_for(TOKENS, BATCH), token_budget=TOKENS),
     )

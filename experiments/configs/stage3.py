@@ -6,7 +6,8 @@ stage 2 (same batch, same parts trained):
 
 - Learning rates: 2e-5, encoders a fifth of it, by cosine down to 0: the run ends here, nothing continues from its rate. 250
   steps of warm-up (1.8 %).
-- Mixture: shares of tokens, ours: instructions and documents that were filtered or written for quality; no raw web captions.
+- Mixture: shares of tokens, ours (`data_pipelines/named_mixtures.py`): instructions and documents that were filtered or written for
+  quality; no raw web captions.
 """
 
 from __future__ import annotations
@@ -15,24 +16,13 @@ import dataclasses
 
 import ml_collections
 
-from data_pipelines.config import SourceShare
+from data_pipelines.named_mixtures import MIXTURES
 from experiments.config import ExperimentConfig, steps_for
 from experiments.configs import stage2
 from experiments.overrides import to_config_dict
 from hypervl_jax.training.optimizer import OptimizerConfig
 
 TOKENS = 55_100_000_000
-MIXTURE = (
-    SourceShare("mammoth-vl", 0.25),
-    SourceShare("llava-onevision", 0.15),
-    SourceShare("cambrian", 0.12),
-    SourceShare("cauldron", 0.10),
-    SourceShare("docmatix", 0.10),
-    SourceShare("pixmo-docs", 0.08),
-    SourceShare("pixmo-cap", 0.05),
-    SourceShare("smoltalk", 0.08),
-    SourceShare("tulu-3", 0.07),
-)
 
 
 def experiment() -> ExperimentConfig:
@@ -41,7 +31,7 @@ def experiment() -> ExperimentConfig:
     return dataclasses.replace(
         base,
         name="stage3",
-        data=dataclasses.replace(base.data, root="data/stage3", mixture=MIXTURE, seed=3),
+        data=dataclasses.replace(base.data, root="data/stage3", mixture=MIXTURES["stage3"], seed=3),
         optimizer=OptimizerConfig(
             learning_rate=2e-5, vision_multiplier=0.2, schedule="cosine", warmup_steps=250, final_fraction=0.0
         ),

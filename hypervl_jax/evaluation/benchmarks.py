@@ -43,8 +43,11 @@ class Item:
         task: its name.
         turns: the conversation up to the question; the last turn is the user's.
         images: encoded, one for each image slot.
-        answers: right answers.
+        answers: right answers; letters where there are choices.
         kind, level: what is asked, and how hard it is (1 easy, 3 hard), for reports.
+        choices: texts of the options A, B, C, …; none for a free answer.
+        metric: where it differs from the task's.
+        groups: what the item is part of, for scores of groups (`registry`).
     """
 
     identity: str
@@ -54,6 +57,9 @@ class Item:
     answers: tuple[str, ...]
     kind: str = ""
     level: int = 0
+    choices: tuple[str, ...] = ()
+    metric: str = ""
+    groups: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +228,7 @@ def read_results(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Ite
             raise ValueError(f"format version {values['format_version']}, this code reads {FORMAT_VERSION}")
         return values["subject"], [_parse(json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path} is no results file ({error}); make one with `python -m tools.evaluate`, after removing this one"
-        ) from error
+        raise ResultsError(f"{path} is no results file ({error}); remove it and evaluate again") from error
 
 
 def _parse(values: Mapping[str, Any]) -> ItemResult:
@@ -312,7 +316,7 @@ def _item_result(item: Item, answer: Answer, metric: str, measurement: Measureme
         level=item.level,
         **measurement._asdict(),
         prediction=answer.text,
-        score=score(metric, answer.text, item.answers),
+        score=score(item.metric or metric, answer.text, item.answers, item.choices),
         stopped=answer.stopped,
         alphas=tuple(round(alpha, 4) for alpha in answer.alphas),
         tiles=answer.tiles,

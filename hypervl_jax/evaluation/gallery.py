@@ -130,12 +130,19 @@ def shrink(rgb: UInt8[np.ndarray, "h w 3"], limit: int = _PICTURE_LIMIT) -> UInt
 
 
 def tile_mosaic(rgb: UInt8[np.ndarray, "h w 3"], plan: ImagePlan, tiling: TilingConfig) -> UInt8[np.ndarray, "h w 4"]:
+    """What becomes of a picture, as `lay_out_tiles` shows it."""
+    return lay_out_tiles(tile_image(rgb, plan, tiling), plan, tiling)
+
+
+def lay_out_tiles(
+    tiles: UInt8[np.ndarray, "t s s 3"], plan: ImagePlan, tiling: TilingConfig
+) -> UInt8[np.ndarray, "h w 4"]:
     """The tiles in their places with transparent gaps, cells without a visual token faint; a thumbnail stands below."""
     side, gapped = tiling.tile_size, tiling.tile_size + _GAP
     rows = plan.rows + (1 if plan.tiles > plan.rows * plan.columns else 0)
     canvas = np.zeros((rows * gapped - _GAP, plan.columns * gapped - _GAP, 4), np.uint8)
     opacities = token_opacity(plan, tiling)
-    for number, tile in enumerate(tile_image(rgb, plan, tiling)):
+    for number, tile in enumerate(tiles):
         top, left = (place * gapped for place in divmod(number, plan.columns))
         canvas[top : top + side, left : left + side] = np.dstack([tile, opacities[number]])
     return canvas

@@ -79,3 +79,26 @@ def paired_difference(scores: Any, baseline: Any, confidence: float = CONFIDENCE
 def intervals_apart(higher: Estimate, lower: Estimate) -> bool:
     """Whether the first interval lies wholly above the second: stricter than a test of their difference."""
     return higher.low > lower.high
+
+
+def mean_of_ratios(parts: Float64[np.ndarray, "n c 2"], confidence: float = CONFIDENCE) -> Estimate:
+    """A score that is the mean of c ratios of sums over n independent units, with its percentile bootstrap interval.
+
+    Args:
+        parts: of each unit and ratio, what it adds to the numerator and to the denominator. Units are resampled whole, so that
+            answers that hang together (all questions on one figure) stay together.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: no unit, or a ratio whose denominator is 0 over all units.
+    """
+    totals = parts.sum(0)
+    if len(parts) == 0 or (totals[:, 1] <= 0).any():
+        raise ValueError("a ratio needs at least one unit that counts")
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), RESAMPLES)
+    sums = np.einsum("rn,ncx->rcx", counts, parts, optimize=True)
+    # A resample may miss every unit of a rare ratio; it says nothing then.
+    ratios = np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:2], np.nan), where=sums[..., 1] > 0)
+    low, high = np.nanquantile(ratios.mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float((totals[:, 0] / totals[:, 1]).mean()), float(low), float(high))

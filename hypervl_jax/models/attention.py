@@ -13,6 +13,9 @@ from hypervl_jax import partitioning
 from hypervl_jax.architecture import require
 from hypervl_jax.models import runtime, splash
 
+QUERY_BLOCK = 512
+"""Queries whose scores `chunked_attention` holds at one time."""
+
 MASKED_SCORE = -1e30
 """Score of a pair that may not attend: finite, so that rows without any allowed key stay finite; its weight is exactly 0
 next to any allowed key, so that what stands at a masked position cannot change a single bit of the result."""
@@ -62,7 +65,8 @@ def attention(
         if obstacle is None:
             interpret = kernel == "splash_interpreted"
             return splash.splash_attention(query, key, value, query_segments, causal, axes, interpret=interpret)
-    return xla_attention(query, key, value, query_segments, key_segments, query_positions, key_positions, causal)
+    compute = chunked_attention if kernel == "chunked" else xla_attention
+    return compute(query, key, value, query_segments, key_segments, query_positions, key_positions, causal)
 
 
 def splash_obstacle(
@@ -156,3 +160,39 @@ def xla_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bgrqs,bsgk->bqgrk", weights, value).reshape(query.shape)
     return checkpoint_name(mixed, runtime.ATTENTION_OUTPUT)
+
+
+def chunked_attention(
+    query: Float[Array, "b q h k"],
+    key: Float[Array, "b s g k"],
+    value: Float[Array, "b s g k"],
+    query_segments: Int[Array, "b q"] | None,
+    key_segments: Int[Array, "b s"] | None,
+    query_positions: Int[Array, "b q"] | None,
+    key_positions: Int[Array, "b s"] | None,
+    causal: bool,
+) -> Float[Array, "b q h k"]:
+    """`xla_attention` of `QUERY_BLOCK` queries after `QUERY_BLOCK` queries: the same result, for a softmax is over keys.
+
+    Holds the scores [b, h, QUERY_BLOCK, s] of one block, where `xla_attention` holds [b, h, q, s].
+    """
+    length = query.shape[1]
+    key_segments = query_segments if key_segments is None else key_segments
+    query_positions = jnp.arange(length)[None] if query_positions is None else query_positions
+    blocks = [_query_blocks(x) for x in (query, query_segments, query_positions)]
+
+    def attend(block: list[Array | None]) -> Float[Array, "b q h k"]:
+        queries, segments, positions = block
+        return xla_attention(queries, key, value, segments, key_segments, positions, key_positions, causal)
+
+    mixed = jax.lax.map(attend, blocks).swapaxes(0, 1)
+    return mixed.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+
+
+def _query_blocks(x: Array | None) -> Array | None:
+    """[b, q, ...] as [blocks, b, QUERY_BLOCK, ...], filled up with zeros."""
+    if x is None:
+        return None
+    block = min(QUERY_BLOCK, x.shape[1])
+    filled = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+    return filled.reshape(x.shape[0], -1, block, *x.shape[2:]).swapaxes(0, 1)

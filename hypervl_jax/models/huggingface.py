@@ -1,16 +1,11 @@
-"""The one key table between our parameters and Hugging Face checkpoints, used in both directions.
-
-A table is a tuple of `Entry`; each key of the checkpoint is used by one entry, each of our parameters filled by one. The
-layers of a scanned parameter are stacked along its first axis, one checkpoint key a layer.
-"""
+"""Hugging Face checkpoints of towers and decoders, read into our parameters and written from them (`models.key_table`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,16 @@ from flax import traverse_util
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Float
 
-from hypervl_jax.architecture import DecoderConfig, VisionConfig
+from hypervl_jax.architecture import ConfigError, DecoderConfig, VisionConfig
+from hypervl_jax.models.key_table import (
+    HEAD,
+    POSITIONS,
+    VISION_PREFIX,
+    Entry,
+    Index,
+    decoder_table,
+    vision_table,
+)
 from hypervl_jax.models.safetensors_files import (
     CheckpointError,
     PendingTensor,
@@ -30,222 +34,9 @@ from hypervl_jax.models.safetensors_files import (
 )
 from hypervl_jax.models.siglip2 import resample_positions
 
-Axes = tuple[tuple[str, ...], ...]
-Index = tuple[slice, ...]
-
-VISION_PREFIX = "vision_model."
 VISION_LEFT_OUT = ("head.", "text_model.", "logit_scale", "logit_bias", "embeddings.position_ids")
 """Keys of a SigLIP2 checkpoint that HyperVL has no use for: pooling head, text tower, contrastive scalars, old buffers."""
-POSITIONS = "position_embedding"
-TIED_HEAD = "lm_head.weight"
 TABLE_ROWS_AT_ONCE = 8192
-
-
-def parse_axes(text: str) -> Axes:
-    """Axes of an array from "d h k" or, where one axis of the array joins several, "(h k) d"."""
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", text)
-    return tuple(tuple(joined.split()) if joined else (single,) for joined, single in groups)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One tensor's axes on our side and on theirs: the same elementary axes, in another order and joined differently.
-
-    `sizes` has the length of every elementary axis. Example: a query kernel is "d h k" here and "(h k) d" there.
-    """
-
-    ours: Axes
-    theirs: Axes
-    sizes: Mapping[str, int]
-
-    def shape(self, axes: Axes) -> tuple[int, ...]:
-        """Shape of the whole tensor on the side that has `axes`."""
-        return tuple(math.prod(self.sizes[name] for name in group) for group in axes)
-
-    def ranges(self, index: Index) -> dict[str, range]:
-        """The part of each elementary axis that `index` selects on our side; joined axes cannot be cut."""
-        selected = {name: range(size) for name, size in self.sizes.items()}
-        for group, part, size in zip(self.ours, index, self.shape(self.ours), strict=True):
-            chosen = range(size)[part]
-            if len(group) == 1:
-                selected[group[0]] = chosen
-            elif len(chosen) != size:
-                raise CheckpointError(f"the joined axis ({' '.join(group)}) of a parameter cannot be sharded")
-        return selected
-
-    def their_index(self, ranges: Mapping[str, range]) -> Index:
-        """The same part as a slice of each of their axes; only the first of joined axes can be cut."""
-        slices = []
-        for first, *rest in self.theirs:
-            if any(len(ranges[name]) != self.sizes[name] for name in rest):
-                raise CheckpointError(
-                    f"axes {rest} of a parameter cannot be sharded, the checkpoint joins them behind {first!r}"
-                )
-            inner = math.prod(self.sizes[name] for name in rest)
-            slices.append(slice(ranges[first].start * inner, ranges[first].stop * inner))
-        return tuple(slices)
-
-    def to_ours(self, block: Float[np.ndarray, "..."], ranges: Mapping[str, range]) -> Float[np.ndarray, "..."]:
-        """A part of their tensor, rearranged into the same part of ours."""
-        return rearrange(block, self.theirs, self.ours, {name: len(chosen) for name, chosen in ranges.items()})
-
-    def to_theirs(self, array: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Our whole tensor, rearranged into theirs."""
-        return rearrange(array, self.ours, self.theirs, self.sizes)
-
-
-def rearrange(
-    array: Float[np.ndarray, "..."], source: Axes, target: Axes, sizes: Mapping[str, int]
-) -> Float[np.ndarray, "..."]:
-    """`array` with axes `source`, its elementary axes reordered and joined as in `target`."""
-    before = [name for group in source for name in group]
-    after = [name for group in target for name in group]
-    elementary = array.reshape([sizes[name] for name in before])
-    ordered = elementary.transpose([before.index(name) for name in after])
-    return ordered.reshape([math.prod(sizes[name] for name in group) for group in target])
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One parameter of ours and the checkpoint key that holds it.
-
-    `path` is the place in our tree, joined by "/"; `key` may contain "{layer}", then there are `num_layers` keys, stacked
-    along the parameter's first axis.
-    """
-
-    path: str
-    key: str
-    layout: Layout
-    num_layers: int | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The checkpoint keys, in the order of the layers."""
-        return (
-            (self.key,) if self.num_layers is None else tuple(self.key.format(layer=i) for i in range(self.num_layers))
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of our parameter, layers first."""
-        single = self.layout.shape(self.layout.ours)
-        return single if self.num_layers is None else (self.num_layers, *single)
-
-    @property
-    def key_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor under each key."""
-        return self.layout.shape(self.layout.theirs)
-
-    def read(self, reader: SafetensorsReader, index: Index) -> Float[np.ndarray, "..."]:
-        """The part of our parameter that `index` selects, read from the checkpoint key by key."""
-        if self.num_layers is None:
-            return self._read_key(reader, self.key, index)
-        keys = self.keys[index[0]]
-        first = self._read_key(reader, keys[0], index[1:])
-        stacked = np.empty((len(keys), *first.shape), np.float32)
-        stacked[0] = first
-        for layer, key in enumerate(keys[1:], start=1):
-            stacked[layer] = self._read_key(reader, key, index[1:])
-        return stacked
-
-    def _read_key(self, reader: SafetensorsReader, key: str, index: Index) -> Float[np.ndarray, "..."]:
-        ranges = self.layout.ranges(index)
-        return self.layout.to_ours(reader.read(key, self.layout.their_index(ranges)), ranges)
-
-    def pending(self, parameter: jax.Array) -> Iterator[PendingTensor]:
-        """The tensors to write for our parameter."""
-        for layer, key in enumerate(self.keys):
-            yield PendingTensor(key, self.key_shape, functools.partial(self._export, parameter, layer))
-
-    def _export(self, parameter: jax.Array, layer: int) -> Float[np.ndarray, "..."]:
-        return self.layout.to_theirs(np.asarray(parameter if self.num_layers is None else parameter[layer]))
-
-
-Row = tuple[str, str, str, str]
-"""A row of a key table: our path, their key, our axes, their axes."""
-
-VISION_ROWS: tuple[Row, ...] = (
-    ("patch_embedding/kernel", "embeddings.patch_embedding.weight", "(r q c) d", "d c r q"),
-    ("patch_embedding/bias", "embeddings.patch_embedding.bias", "d", "d"),
-    (POSITIONS, "embeddings.position_embedding.weight", "p d", "p d"),
-    ("layers/attention_norm/scale", "encoder.layers.{layer}.layer_norm1.weight", "d", "d"),
-    ("layers/attention_norm/bias", "encoder.layers.{layer}.layer_norm1.bias", "d", "d"),
-    ("layers/attention/query/kernel", "encoder.layers.{layer}.self_attn.q_proj.weight", "d h k", "(h k) d"),
-    ("layers/attention/query/bias", "encoder.layers.{layer}.self_attn.q_proj.bias", "h k", "(h k)"),
-    ("layers/attention/key/kernel", "encoder.layers.{layer}.self_attn.k_proj.weight", "d h k", "(h k) d"),
-    ("layers/attention/key/bias", "encoder.layers.{layer}.self_attn.k_proj.bias", "h k", "(h k)"),
-    ("layers/attention/value/kernel", "encoder.layers.{layer}.self_attn.v_proj.weight", "d h k", "(h k) d"),
-    ("layers/attention/value/bias", "encoder.layers.{layer}.self_attn.v_proj.bias", "h k", "(h k)"),
-    ("layers/attention/output/kernel", "encoder.layers.{layer}.self_attn.out_proj.weight", "h k d", "d (h k)"),
-    ("layers/attention/output/bias", "encoder.layers.{layer}.self_attn.out_proj.bias", "d", "d"),
-    ("layers/mlp_norm/scale", "encoder.layers.{layer}.layer_norm2.weight", "d", "d"),
-    ("layers/mlp_norm/bias", "encoder.layers.{layer}.layer_norm2.bias", "d", "d"),
-    ("layers/mlp/up/kernel", "encoder.layers.{layer}.mlp.fc1.weight", "d m", "m d"),
-    ("layers/mlp/up/bias", "encoder.layers.{layer}.mlp.fc1.bias", "m", "m"),
-    ("layers/mlp/down/kernel", "encoder.layers.{layer}.mlp.fc2.weight", "m d", "d m"),
-    ("layers/mlp/down/bias", "encoder.layers.{layer}.mlp.fc2.bias", "d", "d"),
-    ("final_norm/scale", "post_layernorm.weight", "d", "d"),
-    ("final_norm/bias", "post_layernorm.bias", "d", "d"),
-)
-"""SigLIP2's vision tower, keys without their optional `vision_model.` prefix."""
-
-DECODER_ROWS: tuple[Row, ...] = (
-    ("embedding", "model.embed_tokens.weight", "n d", "n d"),
-    ("layers/attention_norm/scale", "model.layers.{layer}.input_layernorm.weight", "d", "d"),
-    ("layers/attention/query/kernel", "model.layers.{layer}.self_attn.q_proj.weight", "d h k", "(h k) d"),
-    ("layers/attention/key/kernel", "model.layers.{layer}.self_attn.k_proj.weight", "d g k", "(g k) d"),
-    ("layers/attention/value/kernel", "model.layers.{layer}.self_attn.v_proj.weight", "d g k", "(g k) d"),
-    ("layers/attention/output/kernel", "model.layers.{layer}.self_attn.o_proj.weight", "h k d", "d (h k)"),
-    ("layers/attention/query_norm/scale", "model.layers.{layer}.self_attn.q_norm.weight", "k", "k"),
-    ("layers/attention/key_norm/scale", "model.layers.{layer}.self_attn.k_norm.weight", "k", "k"),
-    ("layers/mlp_norm/scale", "model.layers.{layer}.post_attention_layernorm.weight", "d", "d"),
-    ("layers/mlp/gate/kernel", "model.layers.{layer}.mlp.gate_proj.weight", "d m", "m d"),
-    ("layers/mlp/up/kernel", "model.layers.{layer}.mlp.up_proj.weight", "d m", "m d"),
-    ("layers/mlp/down/kernel", "model.layers.{layer}.mlp.down_proj.weight", "m d", "d m"),
-    ("final_norm/scale", "model.norm.weight", "d", "d"),
-)
-"""Qwen3; an untied decoder also has `UNTIED_ROW`."""
-UNTIED_ROW: Row = ("head", TIED_HEAD, "d n", "n d")
-
-
-def make_table(rows: Sequence[Row], sizes: Mapping[str, int], num_layers: int, prefix: str = "") -> tuple[Entry, ...]:
-    """Entries of a model with these axis lengths, `prefix` before every key."""
-    entries = []
-    for path, key, ours, theirs in rows:
-        our_axes = parse_axes(ours)
-        used = {name: sizes[name] for group in our_axes for name in group}
-        layers = num_layers if "{layer}" in key else None
-        entries.append(Entry(path, prefix + key, Layout(our_axes, parse_axes(theirs), used), layers))
-    return tuple(entries)
-
-
-def vision_table(config: VisionConfig, prefix: str = VISION_PREFIX) -> tuple[Entry, ...]:
-    """The key table of a SigLIP2 vision tower."""
-    sizes = {
-        "d": config.hidden_size,
-        "m": config.intermediate_size,
-        "h": config.num_heads,
-        "k": config.head_dim,
-        "p": config.num_patches,
-        "r": config.patch_size,
-        "q": config.patch_size,
-        "c": 3,
-    }
-    return make_table(VISION_ROWS, sizes, config.num_layers, prefix)
-
-
-def decoder_table(config: DecoderConfig) -> tuple[Entry, ...]:
-    """The key table of a Qwen3 decoder."""
-    sizes = {
-        "d": config.hidden_size,
-        "m": config.intermediate_size,
-        "h": config.num_heads,
-        "g": config.num_kv_heads,
-        "k": config.head_dim,
-        "n": config.vocab_size,
-    }
-    rows = DECODER_ROWS if config.tie_embeddings else (*DECODER_ROWS, UNTIED_ROW)
-    return make_table(rows, sizes, config.num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +172,7 @@ def load_decoder(
     found = {**DECODER_DEFAULTS, **reader.config, **rope_parameters(reader.config)}
     check_config(reader, found, decoder_identity(config))
     table = decoder_table(config)
-    left_out = check_keys(reader, table, lambda key: config.tie_embeddings and key == TIED_HEAD)
+    left_out = check_keys(reader, table, lambda key: config.tie_embeddings and key == HEAD)
     for entry in table:
         check_shape(reader, entry)
     if left_out:
@@ -395,14 +186,12 @@ def load_decoder(
 def check_tied(reader: SafetensorsReader, embedding: str) -> None:
     """Raises `CheckpointError` when a repeated head is not the embedding it is tied to."""
     rows, _ = shape = reader.shape(embedding)
-    equal = reader.shape(TIED_HEAD) == shape
+    equal = reader.shape(HEAD) == shape
     for start in range(0, rows if equal else 0, TABLE_ROWS_AT_ONCE):
         part = (slice(start, min(rows, start + TABLE_ROWS_AT_ONCE)), slice(None))
-        equal = equal and np.array_equal(reader.read(embedding, part), reader.read(TIED_HEAD, part))
+        equal = equal and np.array_equal(reader.read(embedding, part), reader.read(HEAD, part))
     if not equal:
-        raise CheckpointError(
-            f"{reader.directory}: tie_word_embeddings is set but {TIED_HEAD!r} differs from {embedding!r}"
-        )
+        raise CheckpointError(f"{reader.directory}: tie_word_embeddings is set but {HEAD!r} differs from {embedding!r}")
 
 
 def save_vision(params: Mapping[str, Any], config: VisionConfig, directory: str | Path, dtype: str = "float32") -> None:
@@ -427,12 +216,16 @@ def save_decoder(
 def _save(
     params: Mapping[str, Any], table: Sequence[Entry], config: Mapping[str, Any], directory: str | Path, dtype: str
 ) -> None:
+    write_directory(directory, {**config, "dtype": dtype, "torch_dtype": dtype}, pending_tensors(params, table), dtype)
+
+
+def pending_tensors(params: Mapping[str, Any], table: Sequence[Entry]) -> list[PendingTensor]:
+    """The tensors to write for a part's plain (unboxed) parameters. Raises `CheckpointError` unless the table has all of them."""
     flat = traverse_util.flatten_dict(params, sep="/")
     odd = sorted(set(flat) ^ {entry.path for entry in table})
     if odd:
         raise CheckpointError(f"parameters and key table disagree on {', '.join(odd)}")
-    tensors = [tensor for entry in table for tensor in entry.pending(flat[entry.path])]
-    write_directory(directory, {**config, "dtype": dtype, "torch_dtype": dtype}, tensors, dtype)
+    return [tensor for entry in table for tensor in entry.pending(flat[entry.path])]
 
 
 def vision_identity(config: VisionConfig) -> dict[str, Any]:
@@ -453,6 +246,61 @@ def vision_identity(config: VisionConfig) -> dict[str, Any]:
 def vision_defaults() -> dict[str, Any]:
     """What a SigLIP `config.json` means where it is silent: published ones list only what differs from Base."""
     return vision_identity(VisionConfig())
+
+
+def vision_config(directory: str | Path, image_size: int | None = None) -> VisionConfig:
+    """The tower of a SigLIP2 directory, for pictures of `image_size` (its own when None).
+
+    Raises:
+        CheckpointError: no readable directory, another kind of model, or numbers that make no tower.
+    """
+    reader = read_directory(directory)
+    found = {**vision_defaults(), "image_size": 224, **reader.config.get("vision_config", reader.config)}
+    check_config(reader, found, {"model_type": vision_defaults()["model_type"]})
+    return _from_config(
+        reader,
+        VisionConfig,
+        hidden_size=found["hidden_size"],
+        intermediate_size=found["intermediate_size"],
+        num_layers=found["num_hidden_layers"],
+        num_heads=found["num_attention_heads"],
+        patch_size=found["patch_size"],
+        image_size=image_size or found["image_size"],
+        layer_norm_eps=found["layer_norm_eps"],
+    )
+
+
+def decoder_config(directory: str | Path) -> DecoderConfig:
+    """The decoder of a Qwen3 directory. Raises as `vision_config`."""
+    reader = read_directory(directory)
+    found = {"tie_word_embeddings": False, **reader.config, **rope_parameters(reader.config)}
+    check_config(reader, found, {"model_type": "qwen3"})
+    names = {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "rope_theta": "rope_theta",
+        "rms_norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    }
+    missing = [theirs for theirs in names.values() if theirs not in found]
+    if missing:
+        raise CheckpointError(
+            f"{reader.directory}/config.json says nothing of {', '.join(missing)}; give the directory of a Qwen3 checkpoint"
+        )
+    return _from_config(reader, DecoderConfig, **{ours: found[theirs] for ours, theirs in names.items()})
+
+
+def _from_config(reader: SafetensorsReader, kind: Callable[..., Any], **values: Any) -> Any:
+    """A config of ours from numbers of a file."""
+    try:
+        return kind(**values)
+    except (ConfigError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{reader.directory}/config.json describes no model of ours: {error}") from error
 
 
 DECODER_DEFAULTS = {

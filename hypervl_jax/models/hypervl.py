@@ -29,6 +29,18 @@ def merge(
     return jnp.where((visual_index == TEXT_POSITION)[..., None], embeddings, gathered.astype(embeddings.dtype))
 
 
+@jax.custom_vjp
+def gathered(sharded: Float[Array, "..."], whole: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`whole`, the same weights on every device, whose gradient belongs to `sharded`.
+
+    A loop that reads `whole` gathers nothing, and what it adds up for the backward pass is as small as `sharded`.
+    """
+    return whole
+
+
+gathered.defvjp(lambda sharded, whole: (whole, None), lambda _, gradient: (gradient, None))
+
+
 class HyperVL(nn.Module):
     """The whole model; its parameter tree has exactly the top-level keys `architecture.PARTS`.
 
@@ -61,23 +73,26 @@ class HyperVL(nn.Module):
         """Visual tokens of every tile, t · tokens_per_tile a row, in tile order.
 
         Tiles pass through the tower one chunk after another (`runtime.tile_chunk` tiles of every row at a time), so peak
-        activation memory does not grow with t under "tile" or "nested" rematerialisation.
+        activation memory does not grow with t under "tile" or "nested" rematerialisation. On a mesh the weights are gathered once
+        for all chunks (`gathered`).
         """
         rows, num_tiles = tiles.shape[:2]
         if num_tiles == 0:
             return jnp.zeros((rows, 0, self.config.decoder.hidden_size), self.runtime.dtype)
         chunk = min(self.runtime.tile_chunk, num_tiles)
         padded = jnp.pad(tiles, ((0, 0), (0, -num_tiles % chunk), (0, 0), (0, 0), (0, 0)))
-        chunks = padded.reshape(rows, -1, chunk, *tiles.shape[2:])
+        chunks = padded.reshape(rows, -1, chunk, *tiles.shape[2:]).swapaxes(0, 1)
+        model, parts = HyperVL(self.config, self.runtime, parent=None), (vision_part(branch), projector_part(branch))
+        sharded = {part: self.variables["params"][part] for part in parts}
+        whole = jax.tree.map(constrain, jax.lax.stop_gradient(sharded))
 
-        def encode(module: HyperVL, carry: tuple[()], chunk_tiles: jax.Array) -> tuple[tuple[()], jax.Array]:
-            return carry, module.encode_chunk(chunk_tiles, branch)
+        def encode(chunk_tiles: UInt8[Array, "b t s s 3"]) -> Float[Array, "b v d"]:
+            params = jax.tree.map(gathered, sharded, whole)
+            return model.apply({"params": params}, chunk_tiles, branch, method="encode_chunk")
 
         remat = self.runtime.tower_remat in ("tile", "nested")
-        body = nn.remat(encode, prevent_cse=False) if remat else encode
-        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-        _, visual = scan(self, (), chunks)
-        visual = visual.reshape(rows, -1, visual.shape[-1])
+        visual = jax.lax.map(jax.checkpoint(encode, prevent_cse=False) if remat else encode, chunks)
+        visual = visual.swapaxes(0, 1).reshape(rows, -1, visual.shape[-1])
         return visual[:, : num_tiles * self.config.tiling.tokens_per_tile]
 
     def hidden_from_visual(self, batch: Batch, visual: Float[Array, "b v d"]) -> Float[Array, "b l d"]:

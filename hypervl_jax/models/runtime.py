@@ -8,7 +8,7 @@ import logging
 from hypervl_jax.architecture import require
 
 DTYPES = ("bfloat16", "float32")
-ATTENTION_KERNELS = ("auto", "xla", "splash", "splash_interpreted")
+ATTENTION_KERNELS = ("auto", "xla", "chunked", "splash", "splash_interpreted")
 DECODER_REMAT = ("full", "attention", "dots", "none")
 TOWER_REMAT = ("tile", "layer", "nested", "none")
 
@@ -23,7 +23,7 @@ class RuntimeConfig:
     """Settings that change speed and memory, never the function the model computes (beyond rounding).
 
     `dtype` is the compute dtype; parameters, norms, softmax, rotary angles and logits stay float32. `attention`: "xla" runs
-    everywhere; "splash" is the Pallas kernel for TPU (`models.splash`), and what it cannot compute (`models.attention`)
+    everywhere; "chunked" does too, and holds the scores of a block of queries at one time; "splash" is the Pallas kernel for TPU (`models.splash`), and what it cannot compute (`models.attention`)
     goes through XLA; "auto" is settled by `resolve_kernels`, and is XLA until then; "splash_interpreted" runs the TPU
     kernel step by step on any device, far too slow for anything but tests. `decoder_remat`: "full" recomputes each layer in
     the backward pass, "attention" the same but for the attention kernel, whose output is kept, "dots" keeps the results of

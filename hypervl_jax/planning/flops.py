@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from hypervl_jax.architecture import DECODER, PARTS, ConfigError, require
 from hypervl_jax.planning.useful import HEAD
@@ -58,7 +59,9 @@ def count_flops(jaxpr: ClosedJaxpr, arm: int = 0) -> Tally:
         ConfigError: work inside a `while` loop, whose number of trips a jaxpr does not tell; a kernel without a formula.
     """
     tally: Tally = collections.Counter()
-    _walk(jaxpr.jaxpr, _Place("", 1, arm), tally)
+    # What `jax.checkpoint` keeps by name is still computed again in the jaxpr, for nobody; the compiler removes it too.
+    needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), instantiate=True)
+    _walk(needed, _Place("", 1, arm), tally)
     return tally
 
 

@@ -147,32 +147,55 @@ def _branch(program: Program, instruction: Instruction, arm: int | None) -> str:
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a `while` runs: what the compiler wrote down, else the bound in its condition (our scans count from 0 by 1).
+    """How often a `while` runs: what the compiler wrote down, else the bound in its condition over the step of its counter.
 
+    Our scans count from 0 by 1; the compiler's own loops (a matrix product that hides its collective) count from 0 by 1 or 2.
     Raises `ConfigError` when neither is there.
     """
     known = re.search(r'known_trip_count[":{ ]+n"?[": ]+(\d+)', loop.text)
     if known:
         return int(known[1])
     condition = program.computations[loop.called["condition"][0]]
-    bounds = [found for line in condition.values() for found in _compared_constants(program, condition, line)]
+    bounds = [found for line in condition.values() for found in _bounds(program, condition, line)]
     if len(bounds) != 1:
         raise ConfigError(
             f"the number of trips of {loop.name} is not written in its condition: {len(bounds)} candidates"
         )
-    return bounds[0]
+    counter, bound = bounds[0]
+    return -(-bound // _step(program, loop, counter))
 
 
-def _compared_constants(program: Program, condition: Computation, line: Instruction) -> list[int]:
-    """Constants that a comparison, also one inside a fusion, is made with."""
+def _bounds(program: Program, condition: Computation, line: Instruction) -> list[tuple[int, int]]:
+    """(place in the loop's tuple, constant that it is compared with) of a comparison, also of one inside a fusion."""
     compares = line.opcode == "compare" or (
         line.opcode == "fusion"
         and any(
             inner.opcode == "compare" for name in line.called["calls"] for inner in program.computations[name].values()
         )
     )
-    constants = [condition[name] for name in line.operands if condition[name].opcode == "constant"] if compares else []
-    return [int(found[1]) for constant in constants if (found := re.search(r"constant\((-?\d+)\)", constant.text))]
+    operands = [condition[name] for name in line.operands] if compares else []
+    constants = [found for operand in operands if (found := _constant(operand)) is not None]
+    return [(place, bound) for operand in operands if (place := _place(operand)) is not None for bound in constants]
+
+
+def _constant(line: Instruction) -> int | None:
+    found = re.search(r"constant\((-?\d+)\)", line.text) if line.opcode == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _place(line: Instruction) -> int | None:
+    found = re.search(r"index=(\d+)", line.text) if line.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
+def _step(program: Program, loop: Instruction, counter: int) -> int:
+    """What one trip adds to the counter."""
+    body = program.computations[loop.called["body"][0]]
+    following = body[_root(body).operands[counter]]
+    steps = [found for name in following.operands if (found := _constant(body[name])) is not None]
+    if following.opcode != "add" or len(steps) != 1 or steps[0] < 1:
+        raise ConfigError(f"the number of trips of {loop.name} is unknown: its body does not say how it counts")
+    return steps[0]
 
 
 # -------------------------------------------------------------------- collectives

@@ -79,9 +79,15 @@ class BatchShape:
 
 def empty_batch(shape: BatchShape, tile_size: int) -> Batch:
     """A batch of padding rows in host memory."""
-    batch = Batch(*(np.zeros(size, dtype) for size, dtype in shape.array_shapes(tile_size)))
-    batch.visual_index.fill(TEXT_POSITION)
-    return batch
+    return unfilled_batch(shape, tile_size)._replace(tiles=np.zeros(*shape.array_shapes(tile_size).tiles))
+
+
+def unfilled_batch(shape: BatchShape, tile_size: int) -> Batch:
+    """`empty_batch`, but its tiles hold anything: for one who writes them all, since clearing them first takes time."""
+    shapes = shape.array_shapes(tile_size)
+    cleared = Batch(*(np.zeros(size, dtype) for size, dtype in shapes._replace(tiles=((0,), np.uint8))))
+    cleared.visual_index.fill(TEXT_POSITION)
+    return cleared._replace(tiles=np.empty(*shapes.tiles))
 
 
 class LoadedBatch(NamedTuple):

@@ -199,15 +199,25 @@ def tile_image(rgb: UInt8[np.ndarray, "h w 3"], plan: ImagePlan, tiling: TilingC
     Raises:
         ValueError: `rgb` is not the image that was planned.
     """
+    tiles = np.empty((plan.tiles, tiling.tile_size, tiling.tile_size, 3), np.uint8)
+    write_tiles(rgb, plan, tiles)
+    return tiles
+
+
+def write_tiles(rgb: UInt8[np.ndarray, "h w 3"], plan: ImagePlan, tiles: UInt8[np.ndarray, "t s s 3"]) -> None:
+    """`tile_image` into the first `plan.tiles` of `tiles`, whatever they hold: a pixel that needs no scaling is copied once.
+
+    Raises:
+        ValueError: `rgb` is not the image that was planned.
+    """
     if rgb.dtype != np.uint8 or rgb.shape != (plan.source_height, plan.source_width, 3):
         raise ValueError(
             f"image is {rgb.dtype} {rgb.shape}, its plan is for uint8 {(plan.source_height, plan.source_width, 3)}; plan the decoded size"
         )
-    grid = _cut(resize(rgb, plan.height, plan.width), plan.rows, plan.columns, tiling.tile_size)
-    if not plan.thumbnail_height:
-        return grid
-    thumbnail = resize(rgb, plan.thumbnail_height, plan.thumbnail_width)
-    return np.concatenate([grid, _cut(thumbnail, 1, 1, tiling.tile_size)])
+    grid = plan.rows * plan.columns
+    _cut(resize(rgb, plan.height, plan.width), plan.columns, tiles[:grid])
+    if plan.thumbnail_height:
+        _cut(resize(rgb, plan.thumbnail_height, plan.thumbnail_width), 1, tiles[grid : grid + 1])
 
 
 def resize(rgb: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -217,7 +227,13 @@ def resize(rgb: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np
     return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _cut(content: UInt8[np.ndarray, "h w 3"], rows: int, columns: int, tile: int) -> UInt8[np.ndarray, "t s s 3"]:
-    canvas = np.full((rows * tile, columns * tile, 3), PADDING_BYTE, np.uint8)
-    canvas[: content.shape[0], : content.shape[1]] = content
-    return canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(rows * columns, tile, tile, 3)
+def _cut(content: UInt8[np.ndarray, "h w 3"], columns: int, tiles: UInt8[np.ndarray, "t s s 3"]) -> None:
+    """Lays the content over a grid of tiles with `columns` columns."""
+    side = tiles.shape[1]
+    for number, tile in enumerate(tiles):
+        top, left = (side * place for place in divmod(number, columns))
+        part = content[top : top + side, left : left + side]
+        height, width = part.shape[:2]
+        tile[:height, :width] = part
+        tile[height:] = PADDING_BYTE
+        tile[:height, width:] = PADDING_BYTE

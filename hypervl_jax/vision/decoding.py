@@ -1,12 +1,19 @@
-"""From untrusted image bytes to RGB: named formats only, size checked in the header before any pixel is decoded."""
+"""From untrusted image bytes to RGB: named formats only, size checked in the header before any pixel is decoded.
+
+One decoder for each format, so that every machine gets the same bytes: simplejpeg (libjpeg-turbo, straight into the array)
+for JPEG in grey or colour, Pillow for the others, for JPEG in CMYK, and for JPEG with faults that cost no pixel. Both call
+libjpeg-turbo with its accurate transform and smooth upsampling, and agree bit for bit.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
@@ -16,16 +23,27 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 64_000_000
 """Default limit of an image's area; three bytes a pixel are held while it is decoded."""
 
+_JPEG_KINDS = frozenset({"JPEG", "MPO"})
+_JPEG_MODES = frozenset({"L", "RGB"})
+_KEPT_BLOCKS = 8
+"""Blocks of 16 MB at most that Pillow keeps: the decoded, the scaled and the converted copy of one large picture."""
+
+_END_OF_IMAGE = b"\xff\xd9"
+_NO_END = "Premature end of JPEG file"
+_LOST_PIXELS = re.compile(r"Corrupt JPEG data(?!.*extraneous bytes)")
+"""libjpeg's warnings of a damaged scan. Its other warnings, such as stray bytes between two segments, cost no pixel."""
+
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSES = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_FLIPS = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
 }
+"""By orientation: whether rows and columns change places, then the steps through rows and columns."""
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
@@ -45,6 +63,14 @@ class UndecodableImage(ValueError):
         return type(self), (self.reason, self.detail)
 
 
+def keep_memory() -> None:
+    """Makes Pillow keep the memory of freed images, up to 128 MB, for the next ones. For processes that decode for hours.
+
+    Memory fresh from the system must be cleared page by page first, which costs as much as decoding.
+    """
+    Image.core.set_blocks_max(_KEPT_BLOCKS)
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes the first frame to RGB, EXIF orientation applied, transparency composited on white, 16 bits cut to 8.
 
@@ -57,14 +83,52 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray,
     """
     image = _open(data, max_pixels)
     orientation = _orientation(image)
+    rgb = _jpeg_pixels(data) if image.format in _JPEG_KINDS and image.mode in _JPEG_MODES else None
+    if rgb is None:
+        rgb = _pillow_pixels(image)
+    return _upright(rgb, orientation)
+
+
+def _jpeg_pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    """Pixels of a JPEG file in grey or colour; None where libjpeg warns of what cost no pixel: Pillow then decides.
+
+    Raises:
+        UndecodableImage: the file ends early, or a scan is damaged, so that part of the picture would be grey or noise.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data)
+    except ValueError as error:
+        warning = str(error)
+    if warning == _NO_END:
+        return _jpeg_without_end(data)
+    if _LOST_PIXELS.match(warning):
+        raise UndecodableImage("corrupt", warning)
+    return None
+
+
+def _jpeg_without_end(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels of a JPEG file that lacks nothing but its end marker: with the marker the decoder misses no data."""
+    try:
+        return simplejpeg.decode_jpeg(data + _END_OF_IMAGE)
+    except ValueError as error:
+        raise UndecodableImage("truncated", str(error)) from error
+
+
+def _pillow_pixels(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image.load()
-        rgb = _to_rgb(image)
+        return np.array(_to_rgb(image), dtype=np.uint8)
     except Exception as error:  # decoders raise many types on damaged data
         raise _failure(error) from error
-    if orientation in _TRANSPOSES:
-        rgb = rgb.transpose(_TRANSPOSES[orientation])
-    return np.array(rgb, dtype=np.uint8)
+
+
+def _upright(rgb: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels as EXIF `orientation` (1 to 8) wants them shown; anything else changes nothing."""
+    if orientation not in _FLIPS:
+        return rgb
+    transposed, rows, columns = _FLIPS[orientation]
+    turned = rgb.transpose(1, 0, 2) if transposed else rgb
+    return np.ascontiguousarray(turned[::rows, ::columns])
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -130,4 +194,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 import pathlib
@@ -79,7 +78,7 @@ def write(
 def config(root: pathlib.Path, shares: dict[str, float], **changes: object) -> DataConfig:
     """A configuration that reads the named sources."""
     mixture = tuple(SourceShare(name, share) for name, share in shares.items())
-    return dataclasses.replace(DataConfig(str(root), mixture, seed=7, window=8), **changes)
+    return DataConfig(**{"root": str(root), "mixture": mixture, "seed": 7, "window": 8, **changes})
 
 
 def assert_batches_equal(actual: Batch, expected: Batch) -> None:

@@ -17,21 +17,22 @@ import pyarrow as pa
 import pytest
 from corpora import SHAPE, TILING, assert_batches_equal, config, mixed_records, sample, tokenizer, write
 
-from data_pipelines.config import DataConfig, SourceShare
+from data_pipelines.config import DataConfig, EpochLimit, ShareChange, SourceShare
+from data_pipelines.errors import RecordError
+from data_pipelines.lane_state import LaneState, SourceCounters, SourceFailed
 from data_pipelines.lanes import (
-    Lane,
     LaneLoader,
     LaneRows,
-    LaneState,
     MissingData,
-    SourceCounters,
-    SourceFailed,
     heldout_batches,
     manifest_hashes,
     open_loader,
     source_names,
 )
-from data_pipelines.records import MANIFEST, Record, RecordError, content_hash
+from data_pipelines.mixtures import sampling_odds
+from data_pipelines.records import MANIFEST, Record, content_hash
+from data_pipelines.sources import sampled_lengths
+from data_pipelines.streams import Lane
 from data_pipelines.workers import LanesDataset, WorkerDied
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.text.conversation import Turn
@@ -133,8 +134,8 @@ def drawn_places(source: LaneLoader, rows: int) -> dict[int, dict[int, int]]:
         stream = Lane(mixture, lane, vector)
         samples = list(itertools.chain.from_iterable(stream.plan() for _ in range(rows)))
         pending = LaneState.from_vector(stream.vector(), len(places)).pending
-        for s in samples + [mixture.sample(lane, *waiting) for waiting in pending]:
-            place = s.draw * len(mixture.phases) + lane
+        for s in samples + [mixture.sample(lane, *waiting[:2]) for waiting in pending]:
+            place = s.draw * mixture.lanes + lane
             assert places[s.source].setdefault(place, s.record) == s.record
     return places
 
@@ -162,11 +163,12 @@ def test_token_shares_are_realised(root: pathlib.Path) -> None:
 
 
 def test_the_first_samples_of_all_lanes_are_already_balanced(root: pathlib.Path) -> None:
-    wide = loader(root, shape=BatchShape(16, SHAPE.length, SHAPE.tiles))
+    wide = loader(root, shape=BatchShape(128, SHAPE.length, SHAPE.tiles))
     streams = [Lane(wide.mixture, lane, vector) for lane, vector in zip(wide.lanes, wide.initial_states(), strict=True)]
     first = Counter(stream.plan()[0].source for stream in streams)
-    for number, weight in enumerate(wide.mixture.weights):
-        assert first[number] == pytest.approx(16 * weight / sum(wide.mixture.weights), abs=1)
+    means = [np.mean(sampled_lengths(opened, wide.mixture.budget, TILING, True)) for opened in wide.mixture.sources]
+    for number, odds in enumerate(sampling_odds(list(SHARES.values()), means)):
+        assert first[number] == pytest.approx(128 * odds, abs=10)
 
 
 def test_rows_are_well_filled(expected: list[LoadedBatch]) -> None:
@@ -233,7 +235,7 @@ def test_skips_and_drops_are_counted_and_survive_a_resume(partly_broken: pathlib
     assert_same(resumed, done[5:])
     counters = two.report(resumed[-1].lane_states)["s"]
     used = sum(len(np.unique(row[row > 0])) for loaded in done for row in loaded.batch.segments)
-    pending = sum(vector[2] for vector in resumed[-1].lane_states)
+    pending = sum(len(LaneState.from_vector(vector, 1).pending) for vector in resumed[-1].lane_states)
     assert counters.used == used > 0
     assert counters.drawn == counters.used + counters.failed + counters.oversize + pending
     assert counters.record == 0
@@ -336,6 +338,16 @@ def test_another_tokenizer_is_refused(root: pathlib.Path) -> None:
     [
         ({"mixture": ()}, "empty"),
         ({"mixture": (SourceShare("a", 1), SourceShare("a", 2))}, "twice"),
+        ({"mixture": (SourceShare("a", 0),)}, "every source of data.mixture has share 0"),
+        ({"mixture": (SourceShare("a", 1), SourceShare("b", 0))}, "'b' has share 0 from beginning to end"),
+        ({"mixture": tuple(SourceShare(str(i), 1) for i in range(129))}, "129 sources, the limit is 128"),
+        ({"changes": (ShareChange(3, "b", 1),)}, "data.changes names b, not in data.mixture"),
+        ({"changes": (ShareChange(3, "a", 0),)}, "from step 3 on every source"),
+        ({"changes": (ShareChange(3, "a", 1), ShareChange(3, "a", 2))}, "two shares at one step"),
+        ({"epoch_limits": (EpochLimit("b", 1),)}, "data.epoch_limits names b"),
+        ({"epoch_limit": -1.0}, "epoch_limit"),
+        ({"over_limit": "ignore"}, "'stop' or 'reweight'"),
+        ({"oversize": "cut"}, "'drop' or 'split'"),
         ({"window": 0}, "window"),
         ({"workers": -1}, "workers"),
         ({"prefetch": 0}, "prefetch"),
@@ -350,7 +362,7 @@ def test_impossible_settings_are_refused(changes: dict[str, object], message: st
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("", 1), ("../a", 1), ("..", 1), ("a", 0), ("a", float("inf")), ("a", float("nan"))]
+    ("name", "share"), [("", 1), ("../a", 1), ("..", 1), ("a", -1), ("a", float("inf")), ("a", float("nan"))]
 )
 def test_impossible_shares_are_refused(name: str, share: float) -> None:
     with pytest.raises(ConfigError):

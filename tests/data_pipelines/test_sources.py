@@ -1,3 +1,4 @@
+import itertools
 import pathlib
 import pickle
 import shutil
@@ -7,8 +8,10 @@ import pyarrow as pa
 import pytest
 from corpora import TILING, mixed_records, sample, tokenizer, write
 
-from data_pipelines.records import Record, RecordError, content_hash
-from data_pipelines.sources import DamagedShard, Source, mean_tokens, read_alphas
+from data_pipelines.errors import RecordError
+from data_pipelines.packing import Budget
+from data_pipelines.records import Record, ShardEntry, content_hash
+from data_pipelines.sources import DamagedShard, Source, read_alphas, sampled_lengths
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import encode_conversation
 from hypervl_jax.vision.decoding import decode_image
@@ -120,14 +123,27 @@ def test_checksums_of_an_intact_source(written: pathlib.Path) -> None:
     opened(written).verify()
 
 
-def test_mean_tokens_counts_records_that_fit_no_row_as_nothing(tmp_path: pathlib.Path) -> None:
+def test_sampled_lengths_are_those_that_fit_a_row(tmp_path: pathlib.Path) -> None:
     write(tmp_path, "s", [sample(i, [(64, 64)] * (i % 2), 3) for i in range(10)])
     source = opened(tmp_path / "train" / "s")
     costs = [source.cost(i, 1000, TILING)[0] for i in range(10)]
-    assert mean_tokens(source, 100, 1, TILING) == pytest.approx(sum(costs) / 10)
-    assert mean_tokens(source, 100, 0, TILING) == pytest.approx(sum(costs[::2]) / 10)
+    assert sampled_lengths(source, Budget(100, 1), TILING, splits=False) == costs
+    assert sampled_lengths(source, Budget(100, 0), TILING, splits=False) == costs[::2]
+    assert sampled_lengths(source, Budget(2, 1), TILING, splits=True) == [2]
     with pytest.raises(RecordError, match="no record that fits"):
-        mean_tokens(source, 2, 1, TILING)
+        sampled_lengths(source, Budget(2, 1), TILING, splits=False)
+
+
+def test_statistics_come_from_all_over_a_large_source_and_open_few_shards() -> None:
+    source = Source.__new__(Source)
+    counts = [3, 7000, 0, 11, 40_000, 1, 900] * 40
+    source._shards = [ShardEntry(f"{i}", count, 0, "", "") for i, count in enumerate(counts) if count]
+    source._starts = list(itertools.accumulate((shard.records for shard in source._shards), initial=0))
+    records = source.spread()
+    assert all(0 <= record < len(source) for record in records)
+    assert 2000 < len(set(records)) <= 64 * 64
+    assert len({source._locate(record)[0] for record in records}) <= 64
+    assert np.histogram(records, 8, (0, len(source)))[0] == pytest.approx(len(records) / 8, rel=0.2)
 
 
 def write_alphas(path: pathlib.Path, columns: dict[str, list]) -> pathlib.Path:

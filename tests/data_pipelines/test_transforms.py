@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -11,7 +12,7 @@ from data_pipelines.packing import Sample
 from data_pipelines.sources import DamagedShard, Source
 from data_pipelines.transforms import Failure, FailureReason, fill_row
 from hypervl_jax.text.conversation import encode_conversation
-from hypervl_jax.training.batch import Batch, empty_batch
+from hypervl_jax.training.batch import Batch, empty_batch, unfilled_batch
 from hypervl_jax.vision.anyres import tile_image
 from hypervl_jax.vision.decoding import decode_image
 
@@ -140,6 +141,21 @@ def test_a_broken_image_leaves_padding_and_the_rest_of_the_row(source: Source, t
     np.testing.assert_array_equal(row.tiles, np.where(tile_gap[:, None, None, None], 0, good.tiles))
 
 
+def test_nothing_is_left_of_a_sample_whose_second_image_is_broken(tmp_path: pathlib.Path) -> None:
+    whole = RECORDS[1]
+    broken = dataclasses.replace(whole, images=(whole.images[0], whole.images[1][:-60]))
+    write(tmp_path, "b", [RECORDS[0], broken])
+    damaged = Source(tmp_path / "train" / "b", tokenizer().fingerprint)
+    row = Batch(*(field[0] for field in unfilled_batch(SHAPE, TILING.tile_size)))
+    row.tiles.fill(77)
+    samples = [drawn(damaged, record) for record in (1, 0)]
+    failures = fill_row(row, samples, [damaged], tokenizer(), TILING)
+    assert [(f.reason, "truncated" in f.message) for f in failures] == [(FailureReason.IMAGE, True)]
+    assert row.tile_segments.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
+    assert not row.tiles[[0, 1, 2, 4, 5, 6, 7]].any()
+    np.testing.assert_array_equal(row.tiles[3, :40, :60], decode_image(RECORDS[0].images[0]))
+
+
 def test_a_record_that_is_not_as_its_index_says_is_left_out(source: Source, tmp_path: pathlib.Path) -> None:
     others = [sample(0, [(60, 40)], 4), sample(1, [(50, 100)], 9), sample(2, [], 7)]
     write(tmp_path, "o", others, per_shard=2)
@@ -153,6 +169,19 @@ def test_a_record_that_is_not_as_its_index_says_is_left_out(source: Source, tmp_
     assert "1 images, its index says 2" in failures[1].message
     assert "tokens, its index says" in failures[2].message
     assert not row.segments.any()
+
+
+def test_a_flipped_bit_is_a_skip_that_names_the_shard(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, "s", RECORDS)
+    flipped = Source(tmp_path / "train" / "s", tokenizer().fingerprint)
+    shard = next(flipped.directory.glob("*.array_record"))
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"PNG") + 40] ^= 1
+    shard.write_bytes(data)
+    row, failures = filled([flipped], [drawn(flipped, record) for record in range(3)])
+    assert [f.reason for f in failures] == [FailureReason.RECORD]
+    assert shard.name in failures[0].message
+    assert set(row.segments.tolist()) == {0, 2, 3}
 
 
 def test_a_damaged_shard_is_no_skip(tmp_path: pathlib.Path) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Generator
 
 import numpy as np
 
-from data_pipelines.lanes import LaneLoader, LaneState
+from data_pipelines.lane_state import LaneState
+from data_pipelines.lanes import LaneLoader
 from hypervl_jax.training.batch import LoadedBatch
 
 RECORD, PACE = pathlib.Path(sys.argv[1]), float(sys.argv[2])

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.named_mixtures import MIXTURES, PUBLIC_SOURCES
 from experiments import named
 from experiments.config import EXPECTED_FILL, ExperimentConfig
 from experiments.debug import shrink
 from experiments.overrides import config_text, from_config_dict, to_config_dict
-from experiments.public_sources import PUBLIC_SOURCES
 from hypervl_jax.architecture import PARTS, ConfigError
 from hypervl_jax.training.batch import Batch
 from hypervl_jax.training.consistency import make_control
@@ -62,6 +62,7 @@ def test_stages_have_the_published_budgets_and_schedules_that_end_with_them(name
     assert config.loop.token_budget == tokens
     a_step = config.batch.rows * config.batch.length * EXPECTED_FILL
     assert 0 <= config.loop.steps * a_step - tokens < a_step
+    assert config.data.mixture == MIXTURES[name]
     assert math.isclose(sum(source.share for source in config.data.mixture), 1.0)
     assert all(source.name in PUBLIC_SOURCES for source in config.data.mixture)
 

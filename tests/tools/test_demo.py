@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 
 from experiments.launch import parse, resolve
+from hypervl_jax.evaluation.runs import planned
 from tools import label_resolutions, train_compressor
 from tools import report as report_tool
 from tools.demo import HOME, Demo, DemoError, Step, main, read_record, run_command, step_keys, steps, what_runs
 from tools.evaluate import parser as evaluate_parser
-from tools.evaluate import planned
 
 CONSOLE = Console(stderr=True, quiet=True)
 

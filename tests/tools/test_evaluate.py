@@ -17,6 +17,7 @@ from data_pipelines.records import Record, RecordError, content_hash
 from data_pipelines.rendered.questions import PARAPHRASE_SEPARATOR
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.evaluation.benchmarks import read_results
+from hypervl_jax.evaluation.runs import RESULTS, SUMMARY, parse_alphas, planned
 from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 from hypervl_jax.training.checkpoint import CheckpointConfig, Checkpoints, Description, write_description
@@ -24,7 +25,7 @@ from hypervl_jax.training.state import TrainState, initial_counters
 from tests.data_pipelines import corpora
 from tests.hypervl_jax.evaluation.examples import architecture, random_params
 from tools import evaluate, report
-from tools.evaluate import RESULTS, SUMMARY, main, parse_alphas, parser, planned, read_items
+from tools.evaluate import main, parser, read_items
 
 TASKS = ("digits", "scenes")
 

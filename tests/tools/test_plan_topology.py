@@ -17,10 +17,10 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 
 @needs_compiler
-def test_a_plan_of_the_debug_size(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_of_the_debug_size(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [
         "--config",
-        "stage2",
+        "stage2,stage3",
         "--topology",
         "v5e-4",
         "--debug",
@@ -31,10 +31,15 @@ def test_a_plan_of_the_debug_size(tmp_path: pathlib.Path, capsys: pytest.Capture
         str(tmp_path),
     ]
     assert plan_topology.main([*asked, "--price-per-chip-hour", "2"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan == json.loads((tmp_path / "plan.json").read_text())
+    printed = capsys.readouterr()
+    plan, last = json.loads(printed.out)["plans"]
+    assert plan == json.loads((tmp_path / "stage2-v5e-4" / "plan.json").read_text())
     assert (plan["fits"], plan["chips"], plan["accumulation"], plan["rows_per_shard"]) == (True, 4, 2, 1)
-    assert (tmp_path / "step.executable").stat().st_size > 0
+    assert (tmp_path / "stage2-v5e-4" / "step.executable").stat().st_size > 0
+
+    # Stage 3 differs from stage 2 in data and learning rates.
+    assert "stage3 runs the program of stage2-debug on v5e-4: not compiled again" in " ".join(printed.err.split())
+    assert {**plan, "config": "stage3-debug"} == last
 
     sizes = plan["bytes"]
     # AdamW in float32 keeps two moments of every parameter; the compiler's argument bytes are padded, hence more.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from hypervl_jax.architecture import HyperVLConfig
 from hypervl_jax.evaluation.benchmarks import IMAGE, Item, ItemResult
 from hypervl_jax.inference.assistant import Assistant
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
-from hypervl_jax.training.state import abstract_parameters
+from hypervl_jax.training.checkpoint import CheckpointConfig, Checkpoints, Description, write_description
+from hypervl_jax.training.state import TrainState, abstract_parameters, initial_counters
 from tests.data_pipelines import corpora
 from tests.small import RUNTIME, small_architecture
 
@@ -42,6 +46,19 @@ def random_params() -> dict[str, Any]:
 def assistant() -> Assistant:
     """The small model, ready to answer."""
     return Assistant(architecture(), RUNTIME, random_params(), corpora.tokenizer())
+
+
+def save_checkpoint(home: pathlib.Path) -> pathlib.Path:
+    """The small model as a run's directory `home/run`, with its row length, as training writes it."""
+    corpora.tokenizer().save(home / "tokenizer")
+    checkpoints = Checkpoints(home / "run" / "checkpoints", CheckpointConfig(asynchronous=False))
+    state = TrainState(jnp.int32(7), random_params(), {}, initial_counters(1))
+    checkpoints.save(state, jnp.zeros((1, 1), jnp.int32), {})
+    checkpoints.close()
+    details = {"config": {"batch.length": 128, "batch.tiles": 16}}
+    description = Description(architecture(), details, epath.Path(home / "tokenizer"))
+    write_description(home / "run" / "checkpoints", description)
+    return home / "run"
 
 
 def item(number: int, height: int = 16, width: int = 16, answer: str = "red") -> Item:

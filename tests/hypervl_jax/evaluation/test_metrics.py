@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.evaluation.metrics import (
     anls,
-    edit_distance,
+    chosen_letter,
     exact_match,
     metric_name,
     normalise,
@@ -65,13 +65,11 @@ def recursive_distance(left: str, right: str) -> int:
 
 
 @given(TEXT, TEXT)
-def test_edit_distance_is_the_recursion(left: str, right: str) -> None:
-    assert edit_distance(left, right) == recursive_distance(left, right)
-
-
-@pytest.mark.parametrize(("left", "right", "distance"), [("kitten", "sitting", 3), ("saturday", "sunday", 3)])
-def test_edit_distance_of_published_examples(left: str, right: str, distance: int) -> None:
-    assert edit_distance(left, right) == distance
+def test_anls_is_its_formula(left: str, right: str) -> None:
+    said, meant = (" ".join(text.split()) for text in (left, right))
+    longer = max(len(said), len(meant))
+    similar = 1 - recursive_distance(said, meant) / longer if longer else 1.0
+    assert anls(left, [right]) == pytest.approx(similar if similar >= 0.5 else 0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -126,3 +124,49 @@ def test_each_task_has_its_published_metric() -> None:
     assert score("anls", "ab", ["ab"]) == 1
     with pytest.raises(ConfigError, match="unknown metric 'bleu'"):
         score("bleu", "a", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. a dog", "B"),
+        ("The answer is B.", "B"),
+        ("the correct answer is **b**, for it barks and barks and barks", "B"),
+        ("It is a dog", "B"),
+        ("A or B", None),
+        ("a cat or a dog", None),
+        ("", None),
+        ("Neither", None),
+        ("D", None),  # there are three options
+        ("B: one can see it by the long ears, the tail and the collar", None),  # the letter stands too far from the end
+    ],
+)
+def test_the_letter_that_is_chosen(prediction: str, letter: str | None) -> None:
+    choices = ("a cat", "a dog", "a horse")
+    assert chosen_letter(prediction, choices) == letter
+    assert score("multiple_choice", prediction, ["B"], choices) == float(letter == "B")
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "answers", "expected"),
+    [
+        ("ocr_bench", "The sign says\nCENTRE street", ["centre"], 1.0),
+        ("ocr_bench", "The sign says\nold", ["says old"], 1.0),
+        ("ocr_bench", "centr", ["centre"], 0.0),
+        ("ocr_bench_formula", "x ^ 2 + Y", ["x^2+Y"], 1.0),
+        ("ocr_bench_formula", "x^2+y", ["x^2+Y"], 0.0),
+        ("yes_no", "Yes, it is.", ["Yes"], 1.0),
+        ("yes_no", "No", ["Yes"], 0.0),
+        ("yes_no", "yes and no", ["Yes"], 0.0),
+        ("yes_no", "nothing", ["No"], 0.0),
+        ("numeric_or_exact", "So it is 1,200.", ["1200"], 1.0),
+        ("numeric_or_exact", "1.2", ["1.20"], 1.0),
+        ("numeric_or_exact", "12 minus 3", ["12"], 0.0),
+        ("numeric_or_exact", "isosceles", ["Isosceles"], 1.0),
+        ("unscored", "anything", ["anything"], 0.0),
+    ],
+)
+def test_rules_of_benchmarks(metric: str, prediction: str, answers: list[str], expected: float) -> None:
+    assert score(metric, prediction, answers) == expected

@@ -1,7 +1,9 @@
 """The key table and checkpoint directories; parity of the loaded models is tested beside each model."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,30 +15,40 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hypervl_jax.architecture import DecoderConfig, VisionConfig, qwen3, siglip2
-from hypervl_jax.models import huggingface
-from hypervl_jax.models.safetensors_files import CheckpointError, read_directory
+from hypervl_jax.architecture import (
+    BRANCHES,
+    DecoderConfig,
+    ProjectorConfig,
+    VisionConfig,
+    hypervl_tiny,
+    qwen3,
+    siglip2,
+)
+from hypervl_jax.models import huggingface, key_table
+from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.models.safetensors_files import CheckpointError, read_directory, write_directory
 from hypervl_jax.models.siglip2 import resample_positions
+from hypervl_jax.training.state import abstract_parameters
 from tests.references import whole_siglip
 
 VISION = VisionConfig(16, 24, 2, 2, patch_size=4, image_size=16)
 DECODER = DecoderConfig(40, 24, 32, 3, 4, 2, 6, rope_theta=1e4)
 
 
-def random_tree(table: tuple[huggingface.Entry, ...]) -> dict:
+def random_tree(table: tuple[key_table.Entry, ...]) -> dict:
     rng = np.random.default_rng(0)
     return traverse_util.unflatten_dict({e.path: rng.normal(size=e.shape).astype(np.float32) for e in table}, sep="/")
 
 
 @pytest.fixture
 def decoder_directory(tmp_path):
-    huggingface.save_decoder(random_tree(huggingface.decoder_table(DECODER)), DECODER, tmp_path)
+    huggingface.save_decoder(random_tree(key_table.decoder_table(DECODER)), DECODER, tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def vision_directory(tmp_path):
-    huggingface.save_vision(random_tree(huggingface.vision_table(VISION)), VISION, tmp_path)
+    huggingface.save_vision(random_tree(key_table.vision_table(VISION)), VISION, tmp_path)
     return tmp_path
 
 
@@ -52,7 +64,7 @@ def reconfigure(directory, **values) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **values}))
 
 
-@pytest.mark.parametrize("table", [huggingface.vision_table(VISION), huggingface.decoder_table(DECODER)])
+@pytest.mark.parametrize("table", [key_table.vision_table(VISION), key_table.decoder_table(DECODER)])
 def test_layouts_are_inverse_and_parts_equal_parts_of_the_whole(table):
     rng = np.random.default_rng(0)
     for entry in table:
@@ -68,8 +80,8 @@ def test_layouts_are_inverse_and_parts_equal_parts_of_the_whole(table):
 
 def test_tables_use_each_key_and_fill_each_parameter_once():
     for table in (
-        huggingface.vision_table(siglip2("siglip2-base-patch16-512")),
-        huggingface.decoder_table(qwen3("qwen3-8b")),
+        key_table.vision_table(siglip2("siglip2-base-patch16-512")),
+        key_table.decoder_table(qwen3("qwen3-8b")),
     ):
         keys = [key for entry in table for key in entry.keys]
         paths = [entry.path for entry in table]
@@ -77,9 +89,61 @@ def test_tables_use_each_key_and_fill_each_parameter_once():
         assert len(set(paths)) == len(paths)
 
 
+@pytest.mark.parametrize("naming", [key_table.LFM2, key_table.EAGLE])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_whole_model_s_tables_name_every_parameter_once(naming: key_table.Naming, layer_norm: bool) -> None:
+    untied = dataclasses.replace(hypervl_tiny().decoder, tie_embeddings=False)
+    config = dataclasses.replace(hypervl_tiny(), decoder=untied, projector=ProjectorConfig(layer_norm=layer_norm))
+    abstract, _ = abstract_parameters(config, RuntimeConfig())
+    for branch in BRANCHES:
+        tables = key_table.model_tables(config, branch, naming)
+        keys = [key for table in tables.values() for entry in table for key in entry.keys]
+        assert len(set(keys)) == len(keys)
+        for part, table in tables.items():
+            shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract[part], sep="/").items()}
+            assert {entry.path: entry.shape for entry in table} == shapes
+
+
+def test_shards_are_read_back_whole(tmp_path):
+    table = key_table.decoder_table(DECODER)
+    tree = random_tree(table)
+    tensors = huggingface.pending_tensors(tree, table)
+    config = {**huggingface.decoder_identity(DECODER), "architectures": ["Qwen3ForCausalLM"]}
+    write_directory(tmp_path, config, tensors, "float32", shard_bytes=4000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    sizes = [sum(value.nbytes for value in load_file(tmp_path / name).values()) for name in files]
+    assert max(size for size in sizes if size != max(sizes)) <= 4000
+    params, _ = huggingface.load_decoder(tmp_path, DECODER)
+    jax.tree.map(np.testing.assert_array_equal, params, tree)
+    assert Qwen3ForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == DECODER.num_layers
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(CheckpointError, match="0 MB left; free space there"):
+        huggingface.save_decoder(random_tree(key_table.decoder_table(DECODER)), DECODER, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_architectures_are_read_from_the_directories(vision_directory, tmp_path_factory):
+    assert huggingface.vision_config(vision_directory) == VISION
+    assert huggingface.vision_config(vision_directory, 32).num_patches == 64
+    home = tmp_path_factory.mktemp("decoder")
+    huggingface.save_decoder(random_tree(key_table.decoder_table(DECODER)), DECODER, home)
+    assert huggingface.decoder_config(home) == DECODER
+    with pytest.raises(CheckpointError, match="model_type is 'qwen3', not 'siglip_vision_model'"):
+        huggingface.vision_config(home)
+    reconfigure(vision_directory, hidden_size=0)
+    with pytest.raises(CheckpointError, match="describes no model of ours: vision hidden_size 0"):
+        huggingface.vision_config(vision_directory)
+
+
 def test_decoder_round_trip_is_exact(decoder_directory):
     params, report = huggingface.load_decoder(decoder_directory, DECODER)
-    jax.tree.map(np.testing.assert_array_equal, params, random_tree(huggingface.decoder_table(DECODER)))
+    jax.tree.map(np.testing.assert_array_equal, params, random_tree(key_table.decoder_table(DECODER)))
     assert (report.resampled, report.initialised, report.left_out) == ((), (), ())
     assert report.summary().endswith("13 taken")
 
@@ -98,7 +162,7 @@ def test_position_embedding_is_resampled_to_another_tile_size(vision_directory):
     params, report = huggingface.load_vision(vision_directory, larger)
     assert report.resampled == ("position_embedding",)
     assert "position_embedding" not in report.taken
-    original = random_tree(huggingface.vision_table(VISION))["position_embedding"]
+    original = random_tree(key_table.vision_table(VISION))["position_embedding"]
     np.testing.assert_allclose(params["position_embedding"], resample_positions(original, 6), atol=1e-6)
 
 
@@ -125,7 +189,7 @@ def test_sharded_bfloat16_checkpoint_of_transformers_is_read(tmp_path):
 
 
 def test_bfloat16_is_written(tmp_path):
-    params = random_tree(huggingface.decoder_table(DECODER))
+    params = random_tree(key_table.decoder_table(DECODER))
     huggingface.save_decoder(params, DECODER, tmp_path, dtype="bfloat16")
     model = Qwen3ForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
@@ -137,7 +201,7 @@ SHARDED_LOAD = """
 import sys, jax, numpy as np
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import DecoderConfig
-from hypervl_jax.models import huggingface
+from hypervl_jax.models import huggingface, key_table
 from hypervl_jax.models.qwen3 import Decoder
 from hypervl_jax.models.runtime import RuntimeConfig
 

@@ -12,7 +12,10 @@ from hypervl_jax import partitioning
 from hypervl_jax.architecture import BRANCHES, PARTS, HyperVLConfig, branch_parts, hypervl_2b, hypervl_tiny
 from hypervl_jax.models.hypervl import HyperVL, init_parameters, merge
 from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.partitioning import MeshConfig
+from hypervl_jax.planning.programs import collectives, parse_program
 from hypervl_jax.training.batch import Batch, BatchShape, empty_batch
+from tests.small import small_architecture
 
 CONFIG = hypervl_tiny()
 RUNTIME = RuntimeConfig(dtype="float32")
@@ -196,6 +199,28 @@ def test_peak_activation_memory_does_not_grow_with_the_number_of_tiles():
     assert many - few < activations_of_a_layer
     kept = gradient_memory(CONFIG, 16, dataclasses.replace(RUNTIME, tower_remat="none"))
     assert kept - many > 14 * activations_of_a_layer
+
+
+def test_on_a_mesh_the_weights_are_gathered_once_for_all_tiles():
+    """On two CPU devices. That the gradients are those of one device is tested with the step."""
+    config, mesh = small_architecture(), partitioning.make_mesh(MeshConfig(), jax.devices()[:2])
+    model, names = HyperVL(config, RUNTIME), branch_parts("base")[:2]
+    boxed = jax.eval_shape(lambda key: init_parameters(config, RUNTIME, key), jax.random.key(0))
+    abstract, axes = partitioning.unbox(boxed)
+    split = partitioning.shardings(abstract, axes, mesh)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    parts = {part: jax.tree.map(place, abstract[part], split[part]) for part in names}
+    tiles = jax.ShapeDtypeStruct((2, 5, 16, 16, 3), jnp.uint8, sharding=partitioning.row_sharding(mesh))
+
+    def loss(parts, tiles):
+        return jnp.sum(model.apply({"params": parts}, tiles, "base", method="encode_tiles") ** 2)
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), out_shardings={part: split[part] for part in names})
+        program = parse_program(step.lower(parts, tiles).compile().as_text())
+    times = [move.times for move in collectives(program) if move.kind == "all-gather"]
+    assert len(times) >= len(jax.tree.leaves(parts)) // 2
+    assert set(times) == {1}
 
 
 def test_bfloat16_is_the_default_and_stays_near_float32():

@@ -2,15 +2,18 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from hypervl_jax import partitioning
 from hypervl_jax.architecture import ConfigError, DecoderConfig, HyperVLConfig, TilingConfig, VisionConfig, hypervl_tiny
 from hypervl_jax.models.attention import attention
-from hypervl_jax.models.runtime import RuntimeConfig
+from hypervl_jax.models.runtime import ATTENTION_OUTPUT, RuntimeConfig
+from hypervl_jax.partitioning import MeshConfig
 from hypervl_jax.planning.flops import BACKWARD, FORWARD, REPEATED, Work, count_flops
 from hypervl_jax.planning.useful import step_flops
 from hypervl_jax.training import state as training_state
@@ -104,6 +107,21 @@ def test_splash_kernels_by_formula(part: str, causal: bool, share: float) -> Non
     assert tally[Work(part, "attention", FORWARD)] == 2 * product
     # The fused backward kernel forms the scores again: scores, dV, dP, dK, dQ. Outside of it stand the products of outputs and gradients.
     assert tally[Work(part, "attention", BACKWARD)] == 5 * product + 2 * b * h * length * k
+
+
+@pytest.mark.parametrize(("kept", "times"), [((), 1), ((ATTENTION_OUTPUT,), 0)])
+def test_a_kernel_whose_results_are_kept_is_not_counted_again(kept: tuple[str, ...], times: int) -> None:
+    query = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    def mixed(x):
+        return jnp.sin(attention(jnp.sin(x), x, x, causal=True, kernel="splash"))
+
+    with jax.sharding.use_abstract_mesh(partitioning.abstract_mesh(MeshConfig(fsdp=2), 2)):
+        tally = count_flops(jax.jit(jax.value_and_grad(lambda x: jnp.sum(mixed(x)))).trace(query).jaxpr)
+    repeated = tally[Work("head", "attention", REPEATED)]
+    assert repeated == times * tally[Work("head", "attention", FORWARD)]
+    assert tally[Work("head", "attention", FORWARD)] == 2 * 2 * 2 * 4 * 256**2 * 128
 
 
 def test_an_unknown_kernel_is_an_error() -> None:

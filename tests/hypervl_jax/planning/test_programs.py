@@ -47,7 +47,9 @@ HloModule loop, is_scheduled=true
   %start.3 = (bf16[8,8]{1,0:S(1)}, bf16[2,8]{1,0:S(1)}) fusion(%shard.3), kind=kCustom, calls=%gathering
   %middle.3 = bf16[8,8]{1,0} fusion(%shard.3), kind=kCustom, calls=%hiding
   %stack.4 = f32[6,64]{1,0} fusion(%stack.3, %row.3, %number.3), kind=kLoop, calls=%updating
-  ROOT %tuple.3 = (s32[], bf16[2,8]{1,0:S(1)}, f32[6,64]{1,0}, f32[1,64]{1,0:S(1)}) tuple(%number.3, %shard.3, %stack.4, %row.3)
+  %one.3 = s32[]{:S(6)} constant(1)
+  %next.3 = s32[]{:S(6)} add(%number.3, %one.3), metadata={op_name="jit(f)/while/body/add"}
+  ROOT %tuple.3 = (s32[], bf16[2,8]{1,0:S(1)}, f32[6,64]{1,0}, f32[1,64]{1,0:S(1)}) tuple(%next.3, %shard.3, %stack.4, %row.3)
 }
 
 %condition (arg.4: (s32[], bf16[2,8], f32[6,64], f32[1,64])) -> pred[] {
@@ -109,6 +111,17 @@ def test_traffic_counts_updates_in_place_once_a_trip() -> None:
 def test_known_trip_count_comes_first() -> None:
     known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert collectives(parse_program(known))[0].times == 5
+
+
+@pytest.mark.parametrize(("step", "times"), [(2, 3), (4, 2)])
+def test_a_loop_that_counts_in_larger_steps_runs_less_often(step: int, times: int) -> None:
+    program = parse_program(LOOP.replace("s32[]{:S(6)} constant(1)", f"s32[]{{:S(6)}} constant({step})"))
+    assert collectives(program)[0].times == times
+
+
+def test_a_loop_that_does_not_say_how_it_counts_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="number of trips of while"):
+        collectives(parse_program(LOOP.replace("add(%number.3, %one.3)", "add(%number.3, %number.3)")))
 
 
 def test_a_loop_without_a_bound_is_an_error() -> None:

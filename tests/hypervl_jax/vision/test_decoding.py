@@ -3,13 +3,14 @@ import pickle
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hypervl_jax.vision.decoding import UndecodableImage, decode_image, image_size
+from hypervl_jax.vision.decoding import UndecodableImage, decode_image, image_size, keep_memory
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -24,18 +25,42 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: object) -> byt
     return stream.getvalue()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
+    """A PNG from its unfiltered scan lines."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(pixels))
         + chunk(b"IEND", b"")
     )
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    return png(width, height, 8, 2, b"")
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """16 bits a channel: grey, grey and alpha, RGB or RGBA by the last axis."""
+    height, width, channels = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    return png(width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], lines)
+
+
+def textured(height: int, width: int) -> np.ndarray:
+    """A picture with edges and noise in every channel, where a difference between decoders would show."""
+    rng = np.random.default_rng(height * 10_007 + width)
+    blocks = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3)).repeat(4, 0).repeat(4, 1)[:height, :width]
+    return np.clip(blocks + rng.normal(0, 12, blocks.shape), 0, 255).astype(np.uint8)
+
+
+def opencv(data: bytes) -> np.ndarray:
+    """What OpenCV decodes, which has its own copies of libjpeg-turbo and libpng."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
 
 
 def reason_of(data: bytes, **options: int) -> str:
@@ -68,9 +93,41 @@ def test_photographic_formats_are_close(kind: str, options: dict[str, object]) -
     assert np.abs(decode_image(encode(image, kind, **options)).astype(int) - image).mean() < 4
 
 
+JPEG_KINDS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_rows": 1},
+    "RGB inside": {"keep_rgb": True},
+    "quality 5": {"quality": 5},
+}
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS.values(), ids=JPEG_KINDS)
+@pytest.mark.parametrize("size", [(61, 45), (16, 16), (1, 40), (40, 1), (1, 1)], ids=str)
+def test_jpeg_pixels_are_those_of_pillow_and_opencv(size: tuple[int, int], options: dict[str, object]) -> None:
+    data = encode(textured(*size), "JPEG", **options)
+    decoded = decode_image(data)
+    np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(decoded, opencv(data))
+    assert decoded.flags.writeable
+
+
 def test_cmyk_jpeg() -> None:
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(decode_image(encode(cmyk, "JPEG", quality=100)).astype(int) - [255, 0, 0]).max() < 6
+
+
+def test_cmyk_jpeg_of_a_picture_is_that_of_opencv() -> None:
+    data = encode(Image.fromarray(textured(61, 45)).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(decode_image(data).astype(int) - opencv(data)).max() <= 1
+
+
+def test_the_first_of_several_pictures_in_one_jpeg_file() -> None:
+    first, second = textured(24, 32), gradient(24, 32)
+    data = encode(first, "MPO", save_all=True, append_images=[Image.fromarray(second)], quality=90)
+    np.testing.assert_array_equal(decode_image(data), decode_image(encode(first, "JPEG", quality=90)))
 
 
 def test_grey_jpeg() -> None:
@@ -80,6 +137,20 @@ def test_grey_jpeg() -> None:
 def test_sixteen_bit_png_keeps_the_high_byte() -> None:
     values = np.array([[0, 255, 256, 32_768, 65_535]], np.uint16)
     np.testing.assert_array_equal(decode_image(encode(values, "PNG"))[0, :, 0], [0, 0, 1, 128, 255])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_png_is_that_of_opencv(channels: int) -> None:
+    data = deep_png(np.random.default_rng(0).integers(0, 2**16, (9, 7, channels)))
+    np.testing.assert_array_equal(decode_image(data), opencv(data))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_sixteen_bit_png_with_transparency_is_composited(channels: int) -> None:
+    deep = np.random.default_rng(0).integers(0, 2**16, (9, 7, channels))
+    colour, alpha = np.broadcast_to(deep[..., :-1], (9, 7, 3)) / 65_535, deep[..., -1:] / 65_535
+    expected = 255 * (colour * alpha + 1 - alpha)
+    assert np.abs(decode_image(deep_png(deep)) - expected).max() < 2.5
 
 
 def test_palette_png() -> None:
@@ -180,6 +251,52 @@ def test_pixel_limit_is_inclusive() -> None:
 def test_truncated_files_are_refused(kind: str) -> None:
     data = encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), kind)
     assert reason_of(data[: len(data) // 2]) == "truncated"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9, 0.99])
+def test_a_jpeg_that_ends_in_its_pixels_is_truncated(kept: float, progressive: bool) -> None:
+    data = encode(textured(96, 80), "JPEG", progressive=progressive)
+    assert reason_of(data[: int(len(data) * kept)]) == "truncated"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_only_its_end_marker_is_whole(progressive: bool) -> None:
+    data = encode(textured(96, 80), "JPEG", progressive=progressive)
+    np.testing.assert_array_equal(decode_image(data[:-2]), decode_image(data))
+
+
+@pytest.mark.parametrize("stray", [b"after the end", b"\x12\x34\x56"])
+def test_stray_bytes_cost_no_pixel(stray: bytes) -> None:
+    data = encode(textured(96, 80), "JPEG")
+    np.testing.assert_array_equal(decode_image(data + stray), decode_image(data))
+    np.testing.assert_array_equal(decode_image(data[:-2] + stray + data[-2:]), decode_image(data))
+
+
+def test_a_jpeg_with_a_hole_is_corrupt() -> None:
+    data = encode(textured(96, 80), "JPEG")
+    assert reason_of(data[:1500] + data[2000:-600] + b"\xff\xd9") == "corrupt"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_sides_of_one_pixel(kind: str, size: tuple[int, int]) -> None:
+    decoded = decode_image(encode(np.full((*size, 3), 77, np.uint8), kind))
+    assert decoded.shape == (*size, 3)
+    assert np.abs(decoded.astype(int) - 77).max() <= 2
+
+
+def test_pictures_reuse_memory_that_is_kept() -> None:
+    data, before = encode(gradient(600, 800), "PNG"), Image.core.get_blocks_max()
+    try:
+        keep_memory()
+        decode_image(data)
+        Image.core.reset_stats()
+        decode_image(data)
+        assert Image.core.get_stats()["reused_blocks"] > 0
+    finally:
+        Image.core.set_blocks_max(before)
+        Image.core.clear_cache()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""What must not be in the training data: opt-outs, and the pictures and questions of benchmarks that are held out.
+
+Both lists are small beside a data set: they are compiled once, and every worker holds them whole as sorted 64-bit hashes.
+
+An opt-out file has a URL, a domain (its subdomains with it), the SHA-256 of a picture's bytes or a content hash a line. A held-out
+list is a source directory, or JSON Lines whose objects have any of `image` (a path below the file's folder, or base64),
+`image_hash` (16 hex digits, as `imagehash.phash` prints them) and `question`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import urllib.parse
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import xxhash
+from jaxtyping import UInt64
+
+from data_pipelines.ingest import storage
+from data_pipelines.ingest.config import IngestConfig
+from data_pipelines.ingest.errors import IngestError, Skip
+from data_pipelines.ingest.signatures import hamming, image_hash, image_keys, word_hashes, words
+from data_pipelines.records import MANIFEST, Record, RecordError, content_hash, read_manifest
+from data_pipelines.sources import Source
+from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
+from hypervl_jax.vision.decoding import UndecodableImage, decode_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclusions:
+    """Both lists, compiled: sorted hashes of opted-out names, held-out pictures, and runs of words of held-out questions."""
+
+    opt_out: UInt64[np.ndarray, "n"]
+    pictures: UInt64[np.ndarray, "p"]
+    questions: UInt64[np.ndarray, "q"]
+    distance: int
+    run_words: int
+
+    def save(self, path: str) -> None:
+        """Writes the compiled lists, so that workers need not hash the pictures again."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **dataclasses.asdict(self))
+        storage.write_bytes(path, buffer.getvalue())
+
+    def check(self, record: Record, image_hashes: Iterable[int]) -> None:
+        """Raises `Skip` for a record that is opted out, has a picture close to a held-out one, or a held-out question."""
+        if len(self.opt_out) and any(_contains(self.opt_out, _hash(name)) for name in _names(record)):
+            raise Skip("opted_out")
+        if any(map(self._near, image_hashes)):
+            raise Skip("held_out:image")
+        if len(self.questions) and any(map(self._asks, record.turns)):
+            raise Skip("held_out:question")
+
+    def _near(self, value: int) -> bool:
+        candidates = (other for key in image_keys(value, self.distance) for other in self._by_key.get(key, ()))
+        return any(hamming(value, other) <= self.distance for other in candidates)
+
+    def _asks(self, turn: Turn) -> bool:
+        return any(_contains(self.questions, value) for value in _runs(turn.text, self.run_words))
+
+    @functools.cached_property
+    def _by_key(self) -> dict[tuple[int, int], list[int]]:
+        """The held-out pictures by the keys of their hashes."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for value in self.pictures.tolist():
+            for key in image_keys(value, self.distance):
+                groups.setdefault(key, []).append(value)
+        return groups
+
+
+def compile_lists(config: IngestConfig) -> Exclusions:
+    """Reads the lists that a configuration names. Raises `IngestError` for one that cannot be read."""
+    pictures: list[int] = []
+    questions: list[int] = []
+    for path in config.held_out:
+        for hashes, question in _entries(path):
+            pictures += hashes
+            questions += _runs(question, config.held_out_words)
+    return Exclusions(
+        opt_out=_sorted_hashes(_entry(line) for path in config.opt_out for line in _lines(path)),
+        pictures=_sorted_hashes(pictures),
+        questions=_sorted_hashes(questions),
+        distance=config.held_out_distance,
+        run_words=config.held_out_words,
+    )
+
+
+def load_lists(path: str) -> Exclusions:
+    """The lists that `Exclusions.save` wrote."""
+    with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
+        whole = {name: int(arrays[name]) for name in ("distance", "run_words")}
+        return Exclusions(**{name: arrays[name] for name in ("opt_out", "pictures", "questions")}, **whole)
+
+
+def _lines(path: str) -> Iterator[str]:
+    lines = (line.strip() for line in storage.read_bytes(path).decode("utf-8", "replace").splitlines())
+    return (line for line in lines if line and not line.startswith("#"))
+
+
+def _entry(line: str) -> int:
+    return _hash(_normal_url(line) if "://" in line else line.lower().removeprefix("www."))
+
+
+def _hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode())
+
+
+def _names(record: Record) -> Iterator[str]:
+    """Everything by which a record may have been opted out."""
+    yield content_hash(record)
+    for image in record.images:
+        yield hashlib.sha256(image).hexdigest()
+    url = str(record.metadata.get("url", ""))
+    if url:
+        yield _normal_url(url)
+        labels = _host(url).split(".")
+        yield from (".".join(labels[start:]) for start in range(len(labels)))
+
+
+def _host(url: str) -> str:
+    try:
+        return (urllib.parse.urlsplit(url).hostname or "").removeprefix("www.")
+    except ValueError:
+        return ""
+
+
+def _normal_url(url: str) -> str:
+    """Without scheme, fragment and the host's case: what a list and a source may write differently."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return url
+    return f"{_host(url)}{parts.path.rstrip('/')}?{parts.query}"
+
+
+def _runs(text: str, count: int) -> Iterator[int]:
+    """Hashes of the runs of `count` words; none of a shorter text, which many benchmarks share by chance."""
+    tokens = words(text.replace(IMAGE_SLOT, " "))
+    return word_hashes(tokens, count) if len(tokens) >= count else iter(())
+
+
+def _entries(path: str) -> Iterator[tuple[list[int], str]]:
+    """(hashes of the pictures, question) of each entry of a held-out list."""
+    if storage.exists(storage.join(path, MANIFEST)):
+        yield from _source_entries(path)
+    else:
+        for number, line in enumerate(storage.read_bytes(path).splitlines(), 1):
+            if line.strip():
+                yield _line_entry(path, number, line)
+
+
+def _source_entries(path: str) -> Iterator[tuple[list[int], str]]:
+    try:
+        source = Source(path, read_manifest(path).fingerprint)
+        for number in range(len(source)):
+            record = source.record(number)
+            hashes = [image_hash(decode_image(image)) for image in record.images]
+            yield hashes, "\n".join(turn.text for turn in record.turns if turn.role == "user")
+    except (RecordError, UndecodableImage) as error:
+        raise IngestError(f"held-out source {path}: {error}") from error
+
+
+def _line_entry(path: str, number: int, line: bytes) -> tuple[list[int], str]:
+    try:
+        entry = json.loads(line)
+        hashes = [int(entry["image_hash"], 16)] if "image_hash" in entry else []
+        if "image" in entry:
+            hashes.append(image_hash(decode_image(_picture(path, entry["image"]))))
+        return hashes, str(entry.get("question", ""))
+    except (ValueError, TypeError, AttributeError, UndecodableImage) as error:
+        raise IngestError(f"line {number} of held-out list {path}: {error}") from error
+
+
+def _picture(path: str, value: str) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        return storage.read_bytes(storage.join(storage.parent(path), value))
+
+
+def _sorted_hashes(values: Iterable[int]) -> UInt64[np.ndarray, "n"]:
+    return np.unique(np.fromiter(values, np.uint64))
+
+
+def _contains(hashes: UInt64[np.ndarray, "n"], value: int) -> bool:
+    place = int(np.searchsorted(hashes, np.uint64(value)))
+    return place < len(hashes) and int(hashes[place]) == value

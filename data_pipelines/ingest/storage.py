@@ -1,0 +1,230 @@
+"""Files wherever fsspec finds them (`gs://`, `s3://`, local paths): every remote call has a time limit and a clear error.
+
+Remote files are read from a local copy and written by one upload of a whole file, so that ArrayRecord, which opens local files
+only, works on any store, and so that what exists is whole: a local file is renamed into place, an object appears when its
+upload ends.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import glob
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from data_pipelines.ingest.errors import IngestError
+
+CALL_SECONDS = float(os.environ.get("HYPERVL_STORAGE_TIMEOUT", "60"))
+"""Time limit of one remote call: an open, a listing, a block of a copy."""
+
+_BLOCK = 2**23
+_UPLOAD_BYTES_PER_SECOND = 2**20
+"""An upload may be this slow before it is given up."""
+
+_UNFINISHED = ".new-"
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs", "az": "adlfs"}
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_T = TypeVar("_T")
+
+
+class StorageError(IngestError):
+    """A file that cannot be opened, listed, read or written; the message names it."""
+
+
+def is_local(path: str) -> bool:
+    """Whether a path lies in the file system of this machine."""
+    return isinstance(_filesystem(path)[0], LocalFileSystem)
+
+
+def within(seconds: float, work: Callable[[], _T], what: str) -> _T:
+    """The result of `work`, which may take so many seconds.
+
+    Raises:
+        StorageError: it took longer, or failed; the message begins with `what`.
+    """
+    future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+    # A daemon thread: one that hangs in a network call must not keep the process from ending.
+    threading.Thread(target=_fulfil, args=(future, work), daemon=True).start()
+    try:
+        return future.result(seconds)
+    except concurrent.futures.TimeoutError as error:
+        advice = "check the network and the credentials, or raise HYPERVL_STORAGE_TIMEOUT (seconds)"
+        raise StorageError(f"{what}: no answer in {seconds:g} seconds; {advice}") from error
+    except Exception as error:  # every store has its own errors
+        raise StorageError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _fulfil(future: concurrent.futures.Future[_T], work: Callable[[], _T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # handed to the caller's thread
+        future.set_exception(error)
+
+
+def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The store of a path, and the path as the store calls it."""
+    try:
+        return url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(path.partition("://")[0])
+        advice = f"pip install {package}" if package else "give a local path or a URL of a store that fsspec knows"
+        raise StorageError(f"cannot reach {path} ({error}); {advice}") from error
+
+
+def _call(path: str, action: str, work: Callable[[fsspec.AbstractFileSystem, str], _T]) -> _T:
+    return within(CALL_SECONDS, lambda: work(*_filesystem(path)), f"cannot {action} {path}")
+
+
+def join(base: str, *names: str) -> str:
+    """A path below another, whatever the store."""
+    return "/".join([base.rstrip("/"), *names])
+
+
+def parent(path: str) -> str:
+    """The directory of a path, whatever the store."""
+    return path.rstrip("/").rpartition("/")[0] or "."
+
+
+def expand(pattern: str) -> list[str]:
+    """The files of a path with `{000..123}` ranges and glob stars, sorted; of a directory, all files directly in it.
+
+    Raises:
+        StorageError: there is none, or the store cannot be asked.
+    """
+    found = sorted({path for name in _ranges(pattern) for path in _call(name, "list", _list)})
+    if not found:
+        raise StorageError(f"{pattern} names no file; check the path (ranges are written {{000..123}})")
+    return found
+
+
+def _ranges(pattern: str) -> Iterator[str]:
+    match = _BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from _ranges(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+
+
+def _list(store: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    if glob.has_magic(path):
+        found = [name for name in store.glob(path) if not store.isdir(name)]
+    elif store.isdir(path):
+        found = [entry["name"] for entry in store.ls(path, detail=True) if entry["type"] == "file"]
+    else:
+        found = [path] if store.exists(path) else []
+    return [name if isinstance(store, LocalFileSystem) else store.unstrip_protocol(name) for name in found]
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or directory."""
+    return _call(path, "look for", lambda store, name: store.exists(name))
+
+
+def size(path: str) -> int:
+    """Bytes of a file."""
+    return int(_call(path, "open", lambda store, name: store.size(name)))
+
+
+def names_in(directory: str) -> list[str]:
+    """Names of the files directly in a directory, sorted; none when there is no directory."""
+    return sorted(name.rpartition("/")[2] for name in _call(directory, "list", _list)) if exists(directory) else []
+
+
+def read_bytes(path: str) -> bytes:
+    """A small file, whole."""
+    return _call(path, "read", lambda store, name: store.cat_file(name))
+
+
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Pieces [start, end) of a file; a remote store is asked for them at once."""
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+    return _call(
+        path, "read", lambda store, name: store.cat_ranges([name] * len(starts), starts, ends, on_error="raise")
+    )
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a small file so that it holds all of `data` or does not exist (or keeps its old content)."""
+    with new_directory(parent(path)) as directory:
+        (directory / "file").write_bytes(data)
+        publish(directory / "file", path)
+
+
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[pathlib.Path]:
+    """A local path with the content of a file: the file itself, or a copy that lives as long as the block."""
+    if is_local(path):
+        yield pathlib.Path(_filesystem(path)[1])
+        return
+    with tempfile.TemporaryDirectory(prefix="hypervl-ingest-") as directory:
+        copy = pathlib.Path(directory) / path.rpartition("/")[2]
+        _download(path, copy)
+        yield copy
+
+
+def _download(path: str, copy: pathlib.Path) -> None:
+    source = _call(path, "open", lambda store, name: store.open(name, "rb"))
+    with copy.open("wb") as file, contextlib.closing(source):
+        while block := within(CALL_SECONDS, lambda: source.read(_BLOCK), f"cannot read {path}"):
+            file.write(block)
+
+
+@contextlib.contextmanager
+def new_directory(destination: str) -> Iterator[pathlib.Path]:
+    """A local directory for files that `publish` then moves to `destination`, on the same file system where that is local."""
+    beside = None
+    if is_local(destination):
+        beside = _filesystem(destination)[1]
+        os.makedirs(beside, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=beside) as directory:
+        yield pathlib.Path(directory)
+
+
+def remove_unfinished(destination: str) -> None:
+    """Removes the directories that killed writers left in a local destination."""
+    if is_local(destination):
+        for directory in pathlib.Path(_filesystem(destination)[1]).glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def publish(file: pathlib.Path, path: str) -> None:
+    """Moves a finished local file to its place, atomically."""
+    if is_local(path):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(file, _filesystem(path)[1])
+        return
+    seconds = CALL_SECONDS + file.stat().st_size / _UPLOAD_BYTES_PER_SECOND
+    within(seconds, lambda: _upload(file, path), f"cannot write {path}")
+
+
+def _upload(file: pathlib.Path, path: str) -> None:
+    store, name = _filesystem(path)
+    store.makedirs(parent(name), exist_ok=True)
+    store.put_file(str(file), name)
+
+
+def remove(path: str) -> None:
+    """Removes a file."""
+    _call(path, "remove", lambda store, name: store.rm_file(name))
+
+
+def remove_tree(path: str) -> None:
+    """Removes a directory and all in it, where there is one."""
+    if is_local(path):
+        shutil.rmtree(_filesystem(path)[1], ignore_errors=True)
+    elif exists(path):
+        _call(path, "remove", lambda store, name: store.rm(name, recursive=True))

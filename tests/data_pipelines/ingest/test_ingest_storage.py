@@ -1,0 +1,67 @@
+"""Files on any store: time limits, whole files or none, clear errors."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import fsspec
+import pytest
+
+from data_pipelines.ingest import storage
+
+
+def test_silent_store_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "CALL_SECONDS", 0.2)
+    store = fsspec.filesystem("memory")
+    monkeypatch.setattr(type(store), "cat_file", lambda self, path, **options: time.sleep(30))
+    started = time.monotonic()
+    with pytest.raises(
+        storage.StorageError, match=r"cannot read memory://a/b: no answer in 0\.2 seconds; check the network"
+    ):
+        storage.read_bytes("memory://a/b")
+    assert time.monotonic() - started < 5
+
+
+def test_errors_name_the_file_and_the_remedy(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(storage.StorageError, match=r"cannot read memory://none/x: FileNotFoundError"):
+        storage.read_bytes("memory://none/x")
+    with pytest.raises(storage.StorageError, match="cannot reach nowhere://x"):
+        storage.read_bytes("nowhere://x")
+    with pytest.raises(storage.StorageError, match="names no file"):
+        storage.expand(str(tmp_path / "{0..2}.tar"))
+
+
+def test_ranges_and_globs(tmp_path: pathlib.Path) -> None:
+    for name in ("a-08", "a-09", "a-10", "a-11"):
+        (tmp_path / name).touch()
+    (tmp_path / "directory").mkdir()
+    names = lambda pattern: [pathlib.Path(path).name for path in storage.expand(f"{tmp_path}/{pattern}")]
+    assert names("a-{09..10}") == ["a-09", "a-10"]
+    assert names("a-1*") == ["a-10", "a-11"]
+    assert names("*") == ["a-08", "a-09", "a-10", "a-11"]
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/glob/1.txt", b"x")
+    assert storage.expand("memory://glob/*.txt") == ["memory:///glob/1.txt"]
+
+
+def test_ranges_of_a_file(tmp_path: pathlib.Path) -> None:
+    for path in (str(tmp_path / "x"), "memory://ranges/x"):
+        storage.write_bytes(path, b"0123456789")
+        assert storage.read_ranges(path, [(8, 10), (0, 3)]) == [b"89", b"012"]
+        with storage.local_copy(path) as copy:
+            assert copy.read_bytes() == b"0123456789"
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "x")
+    storage.write_bytes(path, b"old")
+
+    def full(self: pathlib.Path, data: bytes) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        storage.write_bytes(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"

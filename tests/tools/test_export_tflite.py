@@ -1,0 +1,164 @@
+"""TFLite files: equal to JAX at float32, near to it in whole numbers, whole or not there at all, and run from image to text."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypervl_jax.inference.assistant import Options, ask, load_assistant
+from tests.tools.runs import CONFIG, write_run
+from tools import artifacts, export_tflite, run_tflite
+from tools.artifacts import ArtifactError
+from tools.edge_graphs import Graph
+from tools.edge_parity import snr
+from tools.golden import picture
+from tools.quantisation import PRECISIONS, quantise
+
+NEEDS_CONVERTER = pytest.mark.skipif(
+    not all(map(artifacts.versions(export_tflite.PACKAGES).__contains__, ("litert-converter", "ai-edge-litert"))),
+    reason="litert-converter and ai-edge-litert are not installed (extra 'export')",
+)
+QUESTION = "What is the number in the picture?"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    write_run(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> tuple[Path, dict]:
+    output = run / "tflite"
+    sizes = {"prefill": (16, 64), "slots": 256}
+    return output, export_tflite.export(str(run), str(output), precisions=("float32", "int8", "int4"), **sizes)
+
+
+@NEEDS_CONVERTER
+def test_float32_is_jax_and_fewer_bits_are_further_from_it(exported: tuple[Path, dict]) -> None:
+    _, reports = exported
+    parts = {name: report["parts"] for name, report in reports.items()}
+    assert parts["float32"]["decoder"]["top1"] == parts["float32"]["decoder"]["of"] == 3 * 64
+    assert parts["float32"]["answer_base"]["whole_answers"] == 3
+    for part in ("encoder_base", "decoder"):
+        ratios = [parts[name][part]["snr_db"] for name in ("float32", "int8", "int4")]
+        assert ratios[0] > 100
+        assert 22 < ratios[1] < 60
+        assert 4 < ratios[2] < ratios[1] - 10
+
+
+@NEEDS_CONVERTER
+def test_weights_are_stored_once_and_in_as_many_bits_as_they_say(exported: tuple[Path, dict]) -> None:
+    _, reports = exported
+    size = {name: report["bytes"]["decoder.tflite"] for name, report in reports.items()}
+    head = CONFIG.decoder.vocab_size * CONFIG.decoder.hidden_size
+    layers = CONFIG.parameter_counts()["decoder"] - head
+    # Scales and operators of three signatures besides; a second copy of the weights would be more.
+    assert 0 < size["float32"] - 4 * (layers + head) < 300_000
+    assert 0 < size["int8"] - (layers + head) < 300_000
+    assert 0 < size["int4"] - (layers // 2 + head) < 300_000
+
+
+@NEEDS_CONVERTER
+def test_each_precision_is_an_artifact_whose_files_are_as_its_manifest_says(exported: tuple[Path, dict]) -> None:
+    output, _ = exported
+    for name in ("float32", "int8", "int4"):
+        manifest = artifacts.read_manifest(output / name)
+        assert artifacts.damage(output / name, manifest) == []
+        assert (manifest.kind, manifest.dtype, manifest.shapes["prefill"]) == ("tflite", name, [16, 64])
+        assert "base/one_image/generated" in artifacts.read_golden(output / name)
+        assert {"litert-converter", "ai-edge-litert"} <= set(manifest.versions)
+
+
+@NEEDS_CONVERTER
+def test_the_runner_answers_as_the_assistant_does(
+    run: Path, exported: tuple[Path, dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = picture(100, 150, 3)
+    Image.fromarray(image).save(run / "picture.png")
+    call = [str(exported[0] / "float32"), "--image", str(run / "picture.png"), "--question", QUESTION, "--json"]
+    assert run_tflite.main([*call, "--max-new-tokens", "12"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (expected,) = load_assistant(run / "checkpoints").answer([ask(QUESTION, image)], Options(max_new_tokens=12))
+    assert found["answer"] == expected.text
+    assert (
+        (found["tiles"], found["prompt_tokens"])
+        == (expected.tiles, expected.prompt_tokens)
+        == (6, found["prompt_tokens"])
+    )
+    assert run_tflite.main([*call, "--max-new-tokens", "300"]) == 1
+    assert "the artifact has 256" in capsys.readouterr().err
+    assert run_tflite.main([*call, "--encoder", "large"]) == 1
+    assert "has the encoder base, not large" in capsys.readouterr().err
+
+
+@NEEDS_CONVERTER
+def test_what_cannot_be_converted_is_one_sentence_that_names_the_graph(tmp_path: Path) -> None:
+    def loop(weights: dict, x: jax.Array) -> tuple[jax.Array]:
+        return (jnp.sort(x @ weights["kernel"], axis=0),)
+
+    kernel = np.eye(8, dtype=np.float32)
+    graph = Graph("sorting", loop, {"kernel": kernel}, {"x": jax.ShapeDtypeStruct((4, 8), jnp.float32)}, ("y",))
+    with pytest.raises(ArtifactError, match="cannot convert sorting: "):
+        export_tflite.converter().convert([graph], tmp_path / "sorting.tflite")
+
+
+@NEEDS_CONVERTER
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--checkpoint", "nowhere"], 1, "nowhere"),
+        (["--checkpoint", ".", "--prefill", "64", "--slots", "64"], 1, "does not hold a prefill of 64"),
+    ],
+)
+def test_wrong_inputs_are_one_sentence_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
+) -> None:
+    assert export_tflite.main([*arguments, "--output", str(tmp_path / "out")]) == status
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_and_a_missing_converter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        export_tflite.main(["--checkpoint", ".", "--output", "out", "--precision", "int3"])
+    assert ended.value.code == 2
+    monkeypatch.setitem(sys.modules, "tools.tflite_convert", None)
+    monkeypatch.delattr("tools.tflite_convert", raising=False)
+    assert export_tflite.main(["--checkpoint", ".", "--output", str(tmp_path / "out")]) == 1
+    assert "pip install 'hypervl-jax[export]'" in capsys.readouterr().err
+
+
+def test_four_bits_take_the_range_with_the_least_error() -> None:
+    matrix = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    matrix[:, 0] = 8
+    found = quantise(matrix, 4)
+    assert np.abs(found.values).max() <= 7
+    plain = np.abs(matrix).max(1, keepdims=True) / 7
+    errors = [
+        np.square(m - matrix).sum() for m in (found.values * found.scale[:, None], np.rint(matrix / plain) * plain)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    whole = np.arange(-127, 128, dtype=np.float32)[None] * np.float32(0.25)
+    np.testing.assert_array_equal(quantise(whole, 8).values * np.float32(0.25), whole)
+
+
+def test_which_weights_stay_float() -> None:
+    int4 = PRECISIONS["int4"]
+    names = ("tower/layers_03/mlp/up/kernel", "projector/first/kernel", "head/kernel", "layers_00/mlp/up/bias")
+    assert [int4.bits(name) for name in (*names, "stem/convolution/kernel")] == [4, 8, 8, None, None]
+    assert dataclasses.astuple(PRECISIONS["float32"]) == (None, None, None)
+
+
+def test_the_ratio_is_in_decibels() -> None:
+    assert snr(np.ones(4), np.full(4, 0.9)) == pytest.approx(20)
+    assert snr(np.ones(4), np.ones(4)) == 200

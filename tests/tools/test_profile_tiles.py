@@ -1,0 +1,135 @@
+"""`tools.profile_tiles`: constant memory of serial tiles, the warning when it is not, one pass against tiles, resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from hypervl_jax.architecture import ConfigError
+from tools import profile_tiles
+from tools.profile_tiles import Row, cases, comparisons, growths, main, parse_image, parser, warnings
+from tools.tile_probe import BATCHED, CHUNKED, FULL, SERIAL, Case, Probe, probe, settle, status_bytes
+
+
+def case(way: str = SERIAL, tile: int = 64, height: int = 64, width: int = 64, **changes: object) -> Case:
+    return Case("tiny", "base", way, tile, height, width, repeats=1, **changes)
+
+
+def measured(*wanted: Case) -> list[Row]:
+    return [Row(each, probe(each)) for each in wanted]
+
+
+@pytest.fixture(scope="module")
+def one() -> Row:
+    return measured(case())[0]
+
+
+@pytest.fixture(scope="module")
+def nine() -> Row:
+    return measured(case(height=192, width=192))[0]
+
+
+def compiled(row: Row) -> Row:
+    """The row with the compiler's memory only: a tiny model's resident memory is below what the kernel counts exactly."""
+    return row._replace(probe=dataclasses.replace(row.probe, net_bytes=None))
+
+
+def test_serial_tiles_keep_memory_constant(one: Row, nine: Row) -> None:
+    rows = [compiled(one), compiled(nine)]
+    (growth,) = growths(rows)
+    assert (growth.tiles, growth.tile) == (9, 64)
+    assert growth.ratio <= 1.05
+    assert warnings(rows) == []
+
+
+def test_memory_spikes_are_told_when_tiles_go_together(one: Row) -> None:
+    together = compiled(measured(case(height=192, width=192, tile_chunk=0))[0])
+    rows = [compiled(one), together]
+    (warning,) = warnings(rows)
+    assert growths(rows)[0].ratio > 5
+    assert warning.startswith("memory spikes: tiling not triggered: 9 tiles of 64 pixels take ")
+    assert f"{together.memory / 2**20:.1f} MiB against {compiled(one).memory / 2**20:.1f} MiB" in warning
+
+
+def test_one_pass_takes_more_than_tiles(nine: Row) -> None:
+    whole, blocks = measured(case(FULL, 192, 192, 192), case(CHUNKED, 192, 192, 192))
+    compared = {row.way: row for row in comparisons([nine, whole, blocks])}
+    patches, width, layers = 24 * 24, 64, 2
+    more = layers * 4 * (patches * patches - 9 * 64 * 64) * width
+    assert whole.probe.flops - nine.probe.flops == more
+    assert compared[FULL].memory > compared[CHUNKED].memory > 1
+    assert compared[FULL].flops == whole.probe.flops / nine.probe.flops
+    assert whole.probe.tokens == nine.probe.tokens == 144
+
+
+def test_peak_memory_is_what_was_held(one: Row) -> None:
+    before = settle()
+    held = bytearray(64 << 20)
+    assert status_bytes("VmHWM") - before == pytest.approx(len(held), rel=0.05)
+    assert one.probe.milliseconds > 0
+
+
+def test_the_command_measures_in_a_process_and_goes_on(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.jsonl"
+    command = ["--config-size", "tiny", "--tiles", "64", "--images", "64", "--ways", "serial", "--growth", "0"]
+    command += ["--repeats", "1", "--output", str(output), "--json"]
+    assert main(command) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["rows"][0]["tiles"] == 1
+    monkeypatch.setattr(profile_tiles.sys, "executable", "/nonexistent")
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
+    assert main([*command[:-3], "--output", str(tmp_path / "other.jsonl")]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_picture_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.tile_probe.HEADROOM", 0.0)
+    found = probe(case())
+    assert "GiB are free" in found.left_out
+    assert found.net_bytes is None
+    assert found.compiled_bytes > 0
+
+
+def test_pictures_are_named_or_sized() -> None:
+    assert parse_image("document") == (1754, 1240)
+    assert parse_image("1200x800") == (800, 1200)
+    assert parse_image("512") == (512, 512)
+    with pytest.raises(ConfigError, match="neither a side"):
+        parse_image("12y4")
+
+
+def test_one_pass_is_for_squares_and_growth_counts_tiles() -> None:
+    options = parser().parse_args(["--tiles", "64", "--images", "128,chart", "--config-size", "tiny", "--growth", "4"])
+    made = cases(options)
+    assert [(each.height, each.width) for each in made if each.way in (FULL, CHUNKED)] == [(128, 128)] * 2
+    assert [each.plan.tiles for each in made if each.way == SERIAL][:2] == [1, 4]
+    assert sum(each.way == BATCHED for each in made) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--ways", "slow"], "'slow' is not one of"), (["--tiles", "100"], "100"), (["--ways", "flash"], "TPU only")],
+)
+def test_what_cannot_be_measured_is_a_sentence(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config-size", "tiny", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n')
+    assert main(["--config-size", "tiny", "--tiles", "64", "--images", "64", "--output", str(path)]) == 2
+    assert "holds no measurements" in capsys.readouterr().err
+
+
+def test_memory_of_the_compiler_stands_in_where_nothing_ran() -> None:
+    row = Row(case(), Probe(1, 16, 100, 7, net_bytes=None))
+    assert row.memory == 7

@@ -1,0 +1,1 @@
+"""Files that exporters copy into artifacts, to run beside them without JAX."""

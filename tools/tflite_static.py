@@ -1,0 +1,110 @@
+"""Static quantisation of TFLite files by litert-quantizer: whole-numbered weights and activations, ranges from real inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from litert_quantizer import qtyping, quantizer, recipe, recipe_manager
+
+from tools.artifacts import ArtifactError
+from tools.edge_runtime import THREADS, EdgeModel, Signature
+from tools.golden import Case
+from tools.quantisation import Precision
+
+ANSWER_TOKENS = 8
+"""Greedy tokens of each prompt that the decoder's ranges are taken from, besides its prompt."""
+
+MOST_FEEDS = 48
+"""Calls of each signature that ranges are taken from, spread evenly over the prompts."""
+
+WIDER = {8: 1.0, 16: 2.0}
+"""How much wider than what was seen a range is made, by bits: with 16 a bit is spent on inputs that calibration has not seen."""
+
+Feeds = dict[str, list[dict[str, np.ndarray]]]
+
+
+class Recorder:
+    """Signatures that keep copies of the first calls of each, up to `limit` since `limit` was last raised."""
+
+    def __init__(self, signatures: Mapping[str, Signature]) -> None:
+        self.feeds: Feeds = {name: [] for name in signatures}
+        self.limit = 0
+        self.signatures = {name: self._recorded(name, run) for name, run in signatures.items()}
+
+    def _recorded(self, name: str, run: Signature) -> Signature:
+        def call(**inputs: np.ndarray) -> Mapping[str, np.ndarray]:
+            if len(self.feeds[name]) < self.limit:
+                # The cache is written in place after the call.
+                self.feeds[name].append({key: value.copy() for key, value in inputs.items()})
+            return run(**inputs)
+
+        return call
+
+
+def record(model: EdgeModel, cases: Sequence[Case]) -> Feeds:
+    """What every signature is called with as a float32 model answers these prompts through each of its branches."""
+    recorder = Recorder(model.signatures)
+    watched = EdgeModel(model.settings, model.tokenizer, recorder.signatures)
+    for number, case in enumerate(cases, 1):
+        recorder.limit = -(-MOST_FEEDS * number // len(cases))
+        prompt, tiles = watched.prompt(case.request.turns, case.images, [1.0] * len(case.images))
+        for branch in model.settings.branches:
+            visual = watched.encode(tiles, branch)
+            if model.settings.prefill:
+                list(watched.generate(watched.embed(prompt, visual), ANSWER_TOKENS))
+    return recorder.feeds
+
+
+def quantise_file(source: pathlib.Path, target: pathlib.Path, precision: Precision, feeds: Feeds) -> None:
+    """Quantises the signatures of a float32 file; inputs and outputs stay float32.
+
+    Raises:
+        ArtifactError: litert-quantizer cannot, or was given no inputs for a signature.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    names = list(Interpreter(str(source)).get_signature_list())
+    missing = [name for name in names if not feeds.get(name)]
+    if missing:
+        raise ArtifactError(f"no prompt of the calibration data runs {', '.join(missing)}; give more or longer records")
+    quiet = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            made = quantizer.Quantizer(str(source), recipe_of(precision))
+            seen = [made.calibrate({name: [feed]}, num_threads=THREADS) for name in names for feed in feeds[name]]
+            made.quantize(widest(seen, WIDER[precision.activations])).export_model(str(target))
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"litert-quantizer cannot quantise {source.name}: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def widest(seen: Iterable[Mapping[str, Mapping[str, Any]]], wider: float) -> dict[str, dict[str, Any]]:
+    """The smallest and the largest value that each tensor ever took, `wider` times.
+
+    The quantizer's own way to join inputs is a moving average, which cuts off what only a few of them reach.
+    """
+    joined: dict[str, dict[str, Any]] = {}
+    for ranges in seen:
+        for name, found in ranges.items():
+            ends = joined.setdefault(name, dict(found))
+            ends["min"], ends["max"] = np.minimum(ends["min"], found["min"]), np.maximum(ends["max"], found["max"])
+    return {name: ends | {"min": ends["min"] * wider, "max": ends["max"] * wider} for name, ends in joined.items()}
+
+
+def recipe_of(precision: Precision) -> Sequence[Mapping[str, object]]:
+    """Every supported operation with 8-bit weights, matrix products with the precision's own."""
+    manager, names = recipe_manager.RecipeManager(), qtyping.TFLOperationName
+    bits = {"activation_num_bits": precision.activations}
+    manager.add_static_config(regex=".*", operation_name=names.ALL_SUPPORTED, weight_num_bits=8, **bits)
+    manager.add_static_config(
+        regex=".*", operation_name=names.FULLY_CONNECTED, weight_num_bits=precision.layers, **bits
+    )
+    for end in (names.INPUT, names.OUTPUT):
+        manager.add_quantization_config(regex=".*", operation_name=end, algorithm_key=recipe.AlgorithmName.NO_QUANTIZE)
+    return manager.get_quantization_recipe()

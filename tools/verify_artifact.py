@@ -1,0 +1,118 @@
+"""`python -m tools.verify_artifact DIR`: re-checks an artifact against its manifest, and runs it on its golden inputs where that is possible.
+
+    every file's SHA-256 ─► what the manifest says ─► the golden outputs again, in the runtime of its kind
+
+A directory of several artifacts (`to_torch --encoder both`) is checked one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tools import artifacts, to_torch
+from tools.artifacts import MANIFEST, ArtifactError, Manifest
+
+FAILURE, SUCCESS = 1, 0
+
+_EPILOG = """\
+examples:
+  python -m tools.verify_artifact exports/base
+  python -m tools.verify_artifact exports/hypervl --hashes-only
+
+exit status:
+  0  all as the manifest says    1  something differs or cannot be read    2  wrong usage
+"""
+
+Run = Callable[[pathlib.Path, Manifest, Mapping[str, np.ndarray]], dict[str, Any]]
+
+
+def run_torch(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A directory of `to_torch` on its golden prompts."""
+    if manifest.preprocessing.get("code") is None:
+        return {"torch": "not run: no class of transformers holds this format"}
+    return to_torch.run_in_torch(directory, manifest.preprocessing["prompts"], golden)
+
+
+RUNTIMES: dict[str, Run] = {to_torch.KIND: run_torch}
+"""How artifacts of each kind are run. An exporter of another kind adds its own."""
+
+
+def artifacts_in(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The directory itself, or those of its subdirectories that are artifacts. Raises `ArtifactError` when there is none."""
+    if (directory / MANIFEST).exists():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    if not found:
+        raise ArtifactError(
+            f"{directory} holds no {MANIFEST}, nor does a directory in it: there is no artifact to check"
+        )
+    return found
+
+
+def verify(directory: pathlib.Path, run: bool = True) -> dict[str, Any]:
+    """Checks one artifact.
+
+    Returns:
+        A report with "passed", "problems", "files" and, where it was run, what came out.
+
+    Raises:
+        ArtifactError: there is no manifest, or it cannot be read.
+    """
+    manifest = artifacts.read_manifest(directory)
+    problems = artifacts.damage(directory, manifest)
+    report: dict[str, Any] = {
+        "kind": manifest.kind,
+        "files": len(manifest.files),
+        "problems": problems,
+        "ran": "not run",
+    }
+    runtime = RUNTIMES.get(manifest.kind)
+    if run and not problems and runtime is not None:
+        report["ran"] = runtime(directory, manifest, artifacts.read_golden(directory))
+        found = [name for name, part in report["ran"].items() if isinstance(part, dict) and not part["passed"]]
+        problems += [f"{name} no longer gives the golden outputs" for name in found]
+    return report | {"passed": not problems}
+
+
+def line(report: Mapping[str, Any]) -> str:
+    """A report in one line."""
+    parts = report["ran"].items() if isinstance(report["ran"], dict) else [("golden outputs", report["ran"])]
+    ran = ", ".join(f"{name} {found if isinstance(found, str) else 'run'}" for name, found in parts)
+    verdict = "as the manifest says" if report["passed"] else "; ".join(report["problems"])
+    return f"{report['kind']}, {report['files']} files, {ran}: {verdict}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify_artifact",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR", type=pathlib.Path, help="an artifact, or a directory of some")
+    parser.add_argument("--hashes-only", action="store_true", help="do not run anything")
+    parser.add_argument("--json", action="store_true", help="print the reports as one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        found = artifacts_in(options.directory)
+        reports = {str(path): verify(path, not options.hashes_only) for path in found}
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    if options.json:
+        print(json.dumps(reports))
+    for path, report in reports.items() if not options.json else ():
+        print(f"{path}: {line(report)}")
+    return SUCCESS if all(report["passed"] for report in reports.values()) else FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
