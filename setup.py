@@ -45,6 +45,7 @@ INGEST = [
 ]
 # The converter is reached through an interface that is not a stable one; the quantizer and the runtime match it.
 EXPORT = ["litert-converter==0.5.*", "ai-edge-litert==2.3.*", "litert-quantizer==0.11.*"]
+LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "data": [*INGEST, "gcsfs>=2025", "s3fs>=2025"],
@@ -63,9 +64,10 @@ EXTRAS = {
         *INGEST,
         *SLURM,
         *TORCH,
+        *(f"{package}; {LINUX}" for package in EXPORT),
         "jsonschema>=4.23",
         # The TPU compiler, which needs no TPU: the planner and the kernels are tested with it.
-        "libtpu>=0.0.42,<0.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        f"libtpu>=0.0.42,<0.1; {LINUX}",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",

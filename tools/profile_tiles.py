@@ -214,7 +214,7 @@ def run_case(case: Case) -> Probe:
     try:
         return Probe(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        said = done.stderr.strip().splitlines()[-1:] or [f"no result, exit status {done.returncode}"]
         raise ProbeFailed(f"{case.way} {case.width}x{case.height} in tiles of {case.tile}: {said[0]}") from None
 
 
