@@ -25,10 +25,6 @@ MOST_FEEDS = 48
 WIDER = {8: 1.0, 16: 2.0}
 """How much wider than what was seen a range is made, by bits: with 16 a bit is spent on inputs that calibration has not seen."""
 
-FLOAT = ("MEAN", "MUL", "RSQRT")
-"""Operations that stay float32: the parts of a normalisation. Mean squares of text and of visual tokens are orders of magnitude
-apart, and whole numbers of one range leave nothing of the smaller ones."""
-
 Feeds = dict[str, list[dict[str, np.ndarray]]]
 
 
@@ -102,13 +98,13 @@ def widest(seen: Iterable[Mapping[str, Mapping[str, Any]]], wider: float) -> dic
 
 
 def recipe_of(precision: Precision) -> Sequence[Mapping[str, object]]:
-    """Every supported operation with 8-bit weights, matrix products with the precision's own; `FLOAT` as it is."""
+    """Every supported operation with 8-bit weights, matrix products with the precision's own."""
     manager, names = recipe_manager.RecipeManager(), qtyping.TFLOperationName
     bits = {"activation_num_bits": precision.activations}
     manager.add_static_config(regex=".*", operation_name=names.ALL_SUPPORTED, weight_num_bits=8, **bits)
     manager.add_static_config(
         regex=".*", operation_name=names.FULLY_CONNECTED, weight_num_bits=precision.layers, **bits
     )
-    for kept in (names.INPUT, names.OUTPUT, *(names[name] for name in FLOAT)):
+    for kept in (names.INPUT, names.OUTPUT):
         manager.add_quantization_config(regex=".*", operation_name=kept, algorithm_key=recipe.AlgorithmName.NO_QUANTIZE)
     return manager.get_quantization_recipe()

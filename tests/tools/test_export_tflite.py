@@ -5,8 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,8 +12,6 @@ from PIL import Image
 from hypervl_jax.inference.assistant import Options, ask, load_assistant
 from tests.tools.runs import CONFIG, write_run
 from tools import artifacts, export_tflite, run_tflite
-from tools.artifacts import ArtifactError
-from tools.edge_graphs import Graph
 from tools.edge_parity import snr
 from tools.golden import picture
 from tools.quantisation import PRECISIONS, quantise
@@ -97,17 +93,6 @@ def test_the_runner_answers_as_the_assistant_does(
     assert "the artifact has 256" in capsys.readouterr().err
     assert run_tflite.main([*call, "--encoder", "large"]) == 1
     assert "has the encoder base, not large" in capsys.readouterr().err
-
-
-@NEEDS_CONVERTER
-def test_what_cannot_be_converted_is_one_sentence_that_names_the_graph(tmp_path: Path) -> None:
-    def loop(weights: dict, x: jax.Array) -> tuple[jax.Array]:
-        return (jnp.sort(x @ weights["kernel"], axis=0),)
-
-    kernel = np.eye(8, dtype=np.float32)
-    graph = Graph("sorting", loop, {"kernel": kernel}, {"x": jax.ShapeDtypeStruct((4, 8), jnp.float32)}, ("y",))
-    with pytest.raises(ArtifactError, match="cannot convert sorting: "):
-        export_tflite.converter().convert([graph], tmp_path / "sorting.tflite")
 
 
 @NEEDS_CONVERTER
