@@ -61,7 +61,8 @@ def test_work_in_a_while_loop_is_an_error() -> None:
 
 def test_recomputation_is_told_from_the_passes() -> None:
     layer = jax.checkpoint(lambda x, w: jnp.sin(jnp.sin(x @ w) @ w))
-    tally = count_flops(jax.jit(jax.grad(lambda x, w: jnp.sum(layer(x, w)), (0, 1))).trace(SQUARE, SQUARE).jaxpr)
+    step = jax.value_and_grad(lambda x, w: jnp.sum(layer(x, w)), (0, 1))
+    tally = count_flops(jax.jit(step).trace(SQUARE, SQUARE).jaxpr)
     work = {phase: tally[Work("head", "product", phase)] for phase in (FORWARD, REPEATED, BACKWARD)}
     assert work == {FORWARD: 2 * ONE, REPEATED: 2 * ONE, BACKWARD: 4 * ONE}
 
@@ -72,7 +73,12 @@ def test_custom_gradients_are_followed() -> None:
         return x @ x
 
     double.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T + x.T @ g,))
-    assert total(jax.grad(lambda x: jnp.sum(double(x))), SQUARE) == 3 * ONE
+    assert total(jax.value_and_grad(lambda x: jnp.sum(double(x))), SQUARE) == 3 * ONE
+
+
+def test_what_nobody_needs_is_not_counted() -> None:
+    # The value of a product is not needed for its gradient.
+    assert total(jax.grad(lambda x, w: jnp.sum(x @ w), (0, 1)), SQUARE, SQUARE) == 2 * ONE
 
 
 def test_shard_map_counts_every_device() -> None:
