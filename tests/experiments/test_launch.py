@@ -279,6 +279,7 @@ def test_stages_run_hand_over_and_complete(data, tmp_path, capsys):
     short = (
         "--data", data, "--config.loop.steps=4", "--config.loop.log_every=2", "--config.loop.evaluate_every=2",
         "--config.optimizer.warmup_steps=1", "--config.heldout.batches=1", "--config.checkpoint.every=3",
+        "--config.batch.rows=8",
     )  # fmt: skip
     assert run("--config", "tiny", "--workdir", str(first), *short) == 0
     assert [line["step"] for line in read_metrics(first / "metrics.jsonl")] == [0, 1, 2, 3]
