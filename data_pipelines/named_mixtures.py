@@ -3,9 +3,10 @@
 HyperVL (arXiv 2512.14052) publishes how many tokens each stage reads and what kind of data it is: captions, multi-task, high
 quality. **Every source and every share below is our choice.** Shares are of tokens: LLM positions, visual tokens included.
 
-A source's directory is called like its key here. Licences are those that the data set's page gives for the set as a whole; parts
-and linked images have their own, and what may be used is decided by whoever brings a set into our record format. "Addresses" are
-of images that are not part of the data set: they must be downloaded, and some are gone.
+A source's directory is called like its key here. Licences are of the set as a whole, and only those of KALE and OS-Atlas were looked
+up (November 2026); the others are as we remember them: **read the data set's page before you use it**. Parts and linked images have
+their own, and what may be used is decided by whoever brings a set into our record format. "Addresses" are of images that are not
+part of the data set: they must be downloaded, and some are gone.
 """
 
 from __future__ import annotations

@@ -22,20 +22,17 @@ from jaxtyping import Array, Bool, Float, Float32
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.lanes import MissingData
 from data_pipelines.packing import Budget, Sample, pack_row
-from data_pipelines.records import RecordError
 from data_pipelines.sources import Source
 from data_pipelines.transforms import fill_row
 from experiments import storage
-from hypervl_jax.architecture import BRANCHES, ConfigError, TilingConfig, require
+from hypervl_jax.architecture import BRANCHES, TilingConfig, require
 from hypervl_jax.evaluation.analysis import percent
 from hypervl_jax.evaluation.benchmarks import (
     BATCH_ROWS,
     IMAGE,
     Item,
     Measurement,
-    ResultsError,
     ResultsFile,
     heldout_task,
 )
@@ -45,14 +42,12 @@ from hypervl_jax.evaluation.runs import model_identity, names, parse_alphas, run
 from hypervl_jax.inference.assistant import Assistant, load_assistant
 from hypervl_jax.models.hypervl import HyperVL
 from hypervl_jax.models.qwen3 import head_weights
-from hypervl_jax.text.tokenizer import TokenizerError
 from hypervl_jax.training import losses
 from hypervl_jax.training.batch import TEXT_POSITION, Batch, BatchShape, empty_batch
-from hypervl_jax.training.checkpoint import CheckpointError, checkpoint_home, read_description
+from hypervl_jax.training.checkpoint import checkpoint_home, read_description
 from hypervl_jax.training.telemetry.records import write_json
 from hypervl_jax.vision.anyres import alpha_to_milli
-from hypervl_jax.vision.decoding import UndecodableImage
-from tools.evaluate import read_items
+from tools.evaluate import EXPLAINED, read_items
 from tools.label_resolutions import LabelError, training_shape
 
 RESULTS, SUMMARY, PAGE = "answers.jsonl", "comparison.json", "comparison.html"
@@ -312,16 +307,6 @@ def to_table(rows: Sequence[TaskComparison]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parser().parse_args(arguments)
-    refused = (
-        ConfigError,
-        CheckpointError,
-        TokenizerError,
-        RecordError,
-        MissingData,
-        ResultsError,
-        UndecodableImage,
-        LabelError,
-    )
     try:
         with storage.explained():
             rows, items, tiling = run(options)
@@ -330,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             home = output_directory(options)
             write_json(home / SUMMARY, values)
             (home / PAGE).write_text(build_page(rows, items, tiling, warnings, options.worst), "utf-8")
-    except (*refused, storage.StorageError) as error:
+    except (*EXPLAINED, LabelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except OSError as error:

@@ -142,25 +142,28 @@ def run(options: argparse.Namespace) -> list[ItemResult]:
         return run_plan(plan, tasks, assistant, results, options.rows)
 
 
+EXPLAINED = (
+    ConfigError,
+    CheckpointError,
+    TokenizerError,
+    RecordError,
+    MissingData,
+    ResultsError,
+    UndecodableImage,
+    storage.StorageError,
+)
+"""What an evaluating command may meet in its input, and says in a sentence."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parser().parse_args(arguments)
-    explained = (
-        ConfigError,
-        CheckpointError,
-        TokenizerError,
-        RecordError,
-        MissingData,
-        ResultsError,
-        UndecodableImage,
-        storage.StorageError,
-    )
     try:
         with storage.explained():
             rows = run(options)
             values = analysis.summary(rows)
             write_json(output_directory(options) / SUMMARY, values)
-    except explained as error:
+    except EXPLAINED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     if options.json:

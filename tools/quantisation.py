@@ -17,7 +17,8 @@ class Precision:
 
     Attributes:
         layers: bits of the matrices in transformer layers, None for float32.
-        others: bits of the patch embedding, the projector, the head and the token embeddings.
+        others: bits of the patch embedding, the projector, the head and the token embeddings; with calibrated activations of the
+            token embeddings alone, since the static quantizer gives all products of a file the bits of `layers`.
         activations: bits of calibrated activations; None where they are float32, rounded row by row to 8 bits as products with
             whole-numbered weights run.
     """

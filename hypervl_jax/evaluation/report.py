@@ -187,19 +187,21 @@ def _margin_parts(rows: Sequence[Learned]) -> list[str]:
 
 
 def _kind_table(groups: Groups) -> str:
-    """Scores by level and by kind of question, for both encoders and the blank control."""
-    columns = [*((branch, IMAGE) for branch in BRANCHES), (BRANCHES[-1], BLANK)]
+    """Scores by level and by kind of question, for each encoder with the picture and with a blank one."""
+    columns = [(branch, condition) for condition in (IMAGE, BLANK) for branch in BRANCHES]
     rows = []
     for task in analysis.tasks_of(groups):
         results = [analysis.full_resolution(groups, task, *column) for column in columns]
         items = [{item.identity: item for item in result.items} if result else {} for result in results]
-        every = {**items[-1], **items[0], **items[1]}
+        every = {name: item for found in items for name, item in found.items()}
         kinds = sorted({(item.level, item.kind) for item in every.values()})
         for level, kind in kinds:
             members = [name for name, item in every.items() if (item.level, item.kind) == (level, kind)]
             means = (_mean([found[name].score for name in members if name in found]) for found in items)
             rows.append((f"{task} <span class='soft'>{kind}</span>", LEVELS.get(level, ""), str(len(members)), *means))
-    return page.table(("task, kind", "level", "items", "base", "large", "blank image"), rows)
+    return page.table(
+        ("task, kind", "level", "items", *BRANCHES, *(f"{branch}, blank image" for branch in BRANCHES)), rows
+    )
 
 
 def _mean(scores: Sequence[float]) -> str:

@@ -126,6 +126,19 @@ def test_every_section_is_there(document: str) -> None:
         assert text in document
 
 
+def test_kinds_of_question_show_each_encoder_beside_its_own_blank_image(contents: Contents) -> None:
+    right = {("base", "image"): 9, ("large", "image"): 8, ("base", BLANK): 1, ("large", BLANK): 4}
+    rows = [
+        result(number, float(number < count), encoder=encoder, condition=condition)
+        for (encoder, condition), count in right.items()
+        for number in range(10)
+    ]
+    table = build_page(dataclasses.replace(contents, results=rows)).split("By level and kind of question")[1]
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", table.split("</table>")[0], re.DOTALL)
+    assert cells[3:7] == ["base", "large", "base, blank image", "large, blank image"]
+    assert cells[9:] == ["10", "90", "80", "10", "40"]
+
+
 def test_ids_of_plots_do_not_clash(document: str) -> None:
     plots = re.findall(r"<svg.*?</svg>", document, re.DOTALL)
     clips = [set(re.findall(r'<clipPath id="([^"]+)"', plot)) for plot in plots]
