@@ -30,6 +30,9 @@ from hypervl_jax.training.state import TrainState
 
 FORMAT_VERSION = 1
 DESCRIPTION = "description"
+_CHUNK_BYTES = 64 * 2**20
+"""Largest piece of an array that is compressed and written at a time: whole embeddings would be held twice as they are saved."""
+
 _SHARE = "Choose a --workdir on storage that all hosts share"
 
 
@@ -72,6 +75,11 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "moments": state.moments, "counters": state.counters}
 
 
+def _in_chunks(tree: Any) -> ocp.args.StandardSave:
+    """How to save arrays of any size."""
+    return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree))
+
+
 class Checkpoints:
     """The checkpoints of one run. With several processes all of them make it and call its methods, in the same order.
 
@@ -108,8 +116,8 @@ class Checkpoints:
             return
         check_space(self.directory, state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+            params=_in_chunks(state.params),
+            optimizer=_in_chunks(_optimizer_item(state)),
             lanes=ocp.args.StandardSave({"states": lanes}),
             progress=ocp.args.JsonSave(dict(progress)),
         )

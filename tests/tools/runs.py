@@ -38,4 +38,6 @@ def write_run(workdir: Path) -> None:
     checkpoints.close()
     tokenizer = train_sentencepiece(TEXTS, workdir / "tokenizer.model", vocab_size=310)
     tokenizer.save(workdir / "tokenizer")
-    write_description(workdir / "checkpoints", Description(CONFIG, {}, workdir / "tokenizer"))
+    write_description(
+        workdir / "checkpoints", Description(CONFIG, {"tokenizer": tokenizer.fingerprint}, workdir / "tokenizer")
+    )
