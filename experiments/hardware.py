@@ -202,6 +202,13 @@ def modify(config: ml_collections.ConfigDict, topology: chips.Topology, given: S
     _apply(config, [*entry.settings(config.batch.rows, shards), *given])
 
 
+def fit_tile_chunk(config: ml_collections.ConfigDict, given: Sequence[Setting] = ()) -> None:
+    """Where a mesh splits tiles over `context` devices, as many pass through a tower together, unless `given` says otherwise."""
+    together = math.lcm(config.runtime.tile_chunk, config.mesh.context)
+    if "runtime.tile_chunk" not in dict(given) and together <= config.batch.tiles:
+        _apply(config, [("runtime.tile_chunk", str(together))])
+
+
 def _apply(config: ml_collections.ConfigDict, changes: Sequence[Setting]) -> None:
     for path, text in changes:
         apply_override(config, ExperimentConfig, path, text)

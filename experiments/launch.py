@@ -197,6 +197,7 @@ def resolve(
     topology = hardware.chosen(options.hardware, found)
     if topology is not None:
         hardware.modify(config, topology, given)
+    hardware.fit_tile_chunk(config, given)
     return typed.from_config_dict(ExperimentConfig, config)
 
 
@@ -254,7 +255,8 @@ def start(
     """Joins the processes, lays the configuration out on the devices, trains, says how it ended; returns the exit status."""
     import jax
 
-    from experiments import hardware
+    from experiments import hardware, storage
+    from experiments import workdir as workdirs
     from experiments.distributed import start_processes
     from experiments.run import run_experiment, say, shown_log
 
@@ -263,6 +265,9 @@ def start(
     # JAX decides on its cache at the first program, and joining the processes compiles one.
     keep_compiled(options.compilation_cache, workdir)
     start_processes(options.coordinator, options.process_id, options.num_processes)
+    if jax.process_index() == 0:
+        with storage.explained():
+            workdirs.lock(workdir)
     found = hardware.live_topology(jax.devices())
     config, topology = resolve(options, overrides, found), hardware.chosen(options.hardware, found)
     if topology is not None:
@@ -278,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     started = time.monotonic()
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+    from data_pipelines.errors import RecordError
     from data_pipelines.rendered.build import BuildError
     from experiments import storage
     from experiments.overrides import config_text
@@ -295,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not unfinished:
             print(f"{config.name} is complete: {os.fspath(workdir)}", file=sys.stderr)
             return SUCCESS
-    except (ConfigError, BuildError, LaunchError, storage.StorageError) as error:
+    except (ConfigError, BuildError, LaunchError, RecordError, storage.StorageError) as error:
         return _fail(error, USAGE_ERROR)
     return _guarded_start(workdir, options, overrides, watched)
 

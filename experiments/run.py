@@ -45,14 +45,16 @@ class _Said(logging.Handler):
 def shown_log() -> Iterator[None]:
     """Inside, what `hypervl_jax` logs of its choices (level INFO, e.g. the attention kernel) is said as by `say`."""
     logger, handler = logging.getLogger("hypervl_jax"), _Said()
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    logger.propagate = False  # libraries put handlers of their own at the root: every line would stand twice
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def heldout_stream(config: ExperimentConfig, tokenizer: Tokenizer, lanes: tuple[int, ...]) -> Iterator[Batch]:
@@ -61,6 +63,13 @@ def heldout_stream(config: ExperimentConfig, tokenizer: Tokenizer, lanes: tuple[
         batches = heldout_batches(data, config.batch, config.architecture.tiling, tokenizer, lanes)
         for batch in itertools.islice(batches, config.heldout.batches):
             yield batch._replace(sources=np.full_like(batch.sources, number))
+
+
+def source_figures(loader: LaneLoader, lane_states: Int32[np.ndarray, "b k"]) -> dict[str, float]:
+    """What `performance.jsonl` tells of each source so far: passes over it, and the share of its samples that was dropped."""
+    epochs = {f"epochs/{name}": passes for name, passes in source_epochs(loader, lane_states).items()}
+    dropped = {f"dropped/{name}": counters.dropped_share for name, counters in loader.report(lane_states).items()}
+    return epochs | dropped
 
 
 def source_epochs(loader: LaneLoader, lane_states: Int32[np.ndarray, "b k"]) -> dict[str, float]:
@@ -100,7 +109,7 @@ def make_trainer(
         heldout=lambda lanes: heldout_stream(config, tokenizer, lanes),
         pretrained=pretrained_loader(config, say),
         monitoring=monitoring,
-        epochs=source_epochs,
+        source_figures=source_figures,
     )
 
 

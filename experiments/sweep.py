@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from experiments.sweep_runs import Run
 
 ENGINES = ("local", "slurm", "gke")
-USAGE_ERROR, RUN_ERROR, SUCCESS = 2, 1, 0
+USAGE_ERROR, RUN_ERROR, SUCCESS, INTERRUPTED = 2, 1, 0, 130
 
 _DESCRIPTION = """\
 Runs a named sweep over a configuration, or goes on with it: complete runs are skipped, others resume. Ends with one table of all
@@ -46,7 +46,7 @@ examples:
   python -m experiments.sweep --config stage2 --sweep vrc_epsilon --on local --labels DIR --data DIR --checkpoint DIR
 
 exit status:
-  0  every run is complete or submitted    1  a run failed; the others went on    2  it could not start as asked
+  0  every run is complete or submitted    1  a run failed; the others went on    2  it could not start as asked    130  stopped
 """
 
 
@@ -86,14 +86,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     home = pathlib.Path(options.workdir) / options.config / options.sweep
     try:
-        runs = choose(expand(options.config, options.sweep, home, extra), options.only)
+        every = expand(options.config, options.sweep, home, extra)
+        runs = choose(every, options.only)
         if options.dry_run:
             return dry_run(runs, options)
         failures = {} if options.collect else execute(runs, options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    report(runs, failures, home, options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    if visible(options):
+        report(every, failures, home, options)
+    else:
+        print(f"no table: {home} lies in the bucket; mount it here and give --collect", file=sys.stderr)
     return RUN_ERROR if failures else SUCCESS
 
 
@@ -106,10 +113,24 @@ def engine_options(given: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def pending(runs: Sequence[Run]) -> list[Run]:
-    """Runs that are not complete; says which are skipped and which resume."""
+def visible(options: argparse.Namespace) -> bool:
+    """Whether the runs' directories can be looked at from here: pods may see a bucket that this machine does not."""
+    engine = importlib.import_module(f"experiments.engines.{options.on}")
+    return not hasattr(engine, "mounted") or engine.mounted(engine_options(options.set))
+
+
+def pending(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
+    """Runs that are not complete; says which are skipped and which resume.
+
+    Raises `ConfigError` when a directory holds a run with other settings.
+    """
     from experiments.sweep_runs import BEGUN, COMPLETE
 
+    if not visible(options):
+        print("which runs are complete is not known here: the pods of those end at once", file=sys.stderr)
+        return list(runs)
+    for run in runs:
+        run.check()
     states = {run.name: run.state() for run in runs}
     for state, what in ((COMPLETE, "complete, skipped"), (BEGUN, "begun, resumed")):
         names = [name for name, found in states.items() if found == state]
@@ -121,18 +142,21 @@ def pending(runs: Sequence[Run]) -> list[Run]:
 def dry_run(runs: Sequence[Run], options: argparse.Namespace) -> int:
     """Prints what would be started."""
     engine = importlib.import_module(f"experiments.engines.{options.on}")
-    print(engine.describe(pending(runs), engine_options(options.set)))
+    print(engine.describe(pending(runs, options), engine_options(options.set)))
     return SUCCESS
 
 
 def execute(runs: Sequence[Run], options: argparse.Namespace) -> dict[str, str]:
     """Starts what is not complete; why runs failed, by name."""
     engine = importlib.import_module(f"experiments.engines.{options.on}")
-    return engine.execute(pending(runs), engine_options(options.set))
+    waiting = pending(runs, options)
+    for run in waiting if visible(options) else ():
+        run.claim()
+    return engine.execute(waiting, engine_options(options.set))
 
 
 def report(runs: Sequence[Run], failures: Mapping[str, str], home: pathlib.Path, options: argparse.Namespace) -> None:
-    """Writes table and plot, and prints the table."""
+    """Writes table and plot of the whole sweep, and prints the table."""
     from experiments import sweep_table
 
     rows = sweep_table.collect(runs, failures)

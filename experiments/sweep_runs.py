@@ -17,6 +17,8 @@ from experiments.named import load_config
 from experiments.overrides import from_config_dict
 from experiments.sweeps import LAUNCH, SWEEPS, Variant, command
 from hypervl_jax.architecture import require
+from hypervl_jax.planning.chips import Topology
+from hypervl_jax.training.telemetry.records import write_json
 
 COMPLETE, BEGUN, NEW = "complete", "begun", "new"
 
@@ -56,6 +58,18 @@ class Run(abc.ABC):
         """`COMPLETE`, `BEGUN` or `NEW`, as its directory says."""
 
     @abc.abstractmethod
+    def check(self) -> None:
+        """Raises `ConfigError` when the directory holds a run that was started with other settings."""
+
+    @abc.abstractmethod
+    def claim(self) -> None:
+        """Writes down what the directory is for, where the command itself does not."""
+
+    @abc.abstractmethod
+    def check_on(self, topology: Topology) -> None:
+        """Raises `ConfigError` when the run cannot be laid out on a topology."""
+
+    @abc.abstractmethod
     def results(self) -> dict[str, float]:
         """What it has measured so far, by name; empty before the first measurement."""
 
@@ -79,6 +93,21 @@ class LaunchRun(Run):
         if workdir.is_complete(self.directory, config):
             return COMPLETE
         return BEGUN if (self.directory / workdir.CONFIG).exists() else NEW
+
+    def check(self) -> None:
+        """As a launch into the directory would."""
+        options, overrides = launch.parse(self.words[2:])
+        if not options.accept_changes:
+            workdir.check_same_run(self.directory, launch.resolve(options, overrides))
+
+    def claim(self) -> None:
+        """A launch does it."""
+
+    def check_on(self, topology: Topology) -> None:
+        """As a launch on its devices would."""
+        options, overrides = launch.parse(self.words[2:])
+        config = launch.resolve(options, overrides, topology)
+        config.mesh.sizes(topology.num_devices)
 
     def results(self) -> dict[str, float]:
         """Held-out losses of the release card, or the latest; the step they belong to."""
@@ -105,6 +134,26 @@ class CompressorRun(Run):
     def state(self) -> str:
         """Complete with its description."""
         return COMPLETE if self.proof.exists() else NEW
+
+    @property
+    def _claim(self) -> pathlib.Path:
+        return self.directory.with_name(f"{self.directory.name}.command.json")
+
+    def check(self) -> None:
+        """The command that made the directory is the present one."""
+        before = workdir.read_json(self._claim) if self.proof.exists() else None
+        require(
+            before is None or before["words"] == list(self.words),
+            f"{self.directory} was made by another command ({self._claim}): remove it, or choose another --workdir",
+        )
+
+    def claim(self) -> None:
+        """Writes the command beside the directory, which appears only when it is complete."""
+        self._claim.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._claim, {"words": list(self.words)})
+
+    def check_on(self, topology: Topology) -> None:
+        """It runs on one device of anything."""
 
     def results(self) -> dict[str, float]:
         """Validation figures of every task as `name/task`."""

@@ -2,7 +2,7 @@
 
 A sweep is a function from the typed configuration to variants. Its docstring says the question, what varies and what is held
 fixed. A variant's name comes from what it sets, never from its place, so that runs keep their directories when a sweep grows.
-`python -m experiments.sweep --list` shows all of them.
+`python -m experiments.sweep --help` shows all of them.
 """
 
 from __future__ import annotations
@@ -72,6 +72,64 @@ def joint_or_alternating(config: ExperimentConfig) -> Iterable[Variant]:
     return vary("consistency.alternation", ("ratio", "joint"))
 
 
+DCL_SEEDS = (0, 1, 2)
+"""Each main arm of the DCL study is run once with each."""
+
+
+def dcl_arms(config: ExperimentConfig) -> Iterable[Variant]:
+    """Does DCL lift the Base branch over training it alone, at equal Base steps and at equal compute?
+
+    Varies: which branches are trained and whether the KL term is there: each branch alone, both by turns without and with KL, both in
+    every step; Base alone once more for as many steps as the compute of DCL allows; the order of the data. Held fixed: the start, the
+    rates, and half of `loop.steps` as the Base steps of every arm but the longer one. `tools.compare_arms` reads the runs.
+    """
+    kl, longer = config.consistency.kl_weight, _base_steps_for_compute(config)
+    arms = (
+        ("base", "base", 0.0, 0.5),
+        ("base_longer", "base", 0.0, longer),
+        ("large", "large", 0.0, 0.5),
+        ("alternating", "ratio", 0.0, 1.0),
+        ("dcl", "ratio", kl, 1.0),
+        ("joint", "joint", kl, 0.5),
+    )
+    for seed in DCL_SEEDS:
+        for name, alternation, weight, share in arms:
+            settings = {"consistency.alternation": alternation, "consistency.kl_weight": str(weight)}
+            settings |= _share_of_steps(config, share)
+            settings |= {"seed": str(config.seed + seed), "data.seed": str(config.data.seed + 1000 * seed)}
+            yield Variant(f"{name}.seed={seed}", settings)
+
+
+def _share_of_steps(config: ExperimentConfig, share: float) -> dict[str, str]:
+    """Settings that make a run shorter or longer by a factor."""
+    lengths = {"loop.steps": config.loop.steps, "loop.token_budget": config.loop.token_budget}
+    return {path: str(int(length * share)) for path, length in lengths.items() if length}
+
+
+def _base_steps_for_compute(config: ExperimentConfig) -> float:
+    """Steps of Base alone, as a share of `loop.steps`, that take the FLOPs of the alternation 1:1 with KL."""
+    from hypervl_jax.planning.useful import step_flops
+
+    flops = lambda arm, teacher: step_flops(
+        config.architecture, config.batch, (arm,), config.optimizer.trainable_parts, teacher
+    ).total()
+    return (flops("base", True) + flops("large", False)) / 2 / flops("base", False)
+
+
+def dcl_settings(config: ExperimentConfig) -> Iterable[Variant]:
+    """Which λ, T, alternation and KL positions are worth a closer look? One run each, so differences are hints.
+
+    Varies: one setting of the consistency term at a time. Held fixed: the others, the start, the order of the data and the steps of
+    both branches together.
+    """
+    yield from vary("consistency.kl_weight", (0.25, 4.0))
+    yield from vary("consistency.temperature", (1.0, 4.0))
+    yield from vary("consistency.kl_positions", ("text", "all"))
+    for kind, base, large in (("ratio", 1, 2), ("ratio", 2, 1), ("random", 1, 1)):
+        settings = {"alternation": kind, "base_steps": str(base), "large_steps": str(large)}
+        yield Variant(f"{kind}={base}-{large}", {f"consistency.{key}": value for key, value in settings.items()})
+
+
 def vrc_epsilon(config: ExperimentConfig) -> Iterable[Variant]:
     """How much loss may compression cost: which ε of the VRC labels saves the most tokens for the least score?
 
@@ -79,6 +137,15 @@ def vrc_epsilon(config: ExperimentConfig) -> Iterable[Variant]:
     --data and --checkpoint; the table shows tokens saved and the relative loss increase on pictures kept out of training.
     """
     return vary("epsilon", (0.01, 0.02, 0.05, 0.10, 0.20))
+
+
+def vrc_loss(config: ExperimentConfig) -> Iterable[Variant]:
+    """Which loss makes the best compressor of the same labels?
+
+    Varies: `--loss` of `tools.train_compressor`. Held fixed: labels, ε, floor, the weight of over-compression, the calibration, which
+    makes them lose alike so that the tokens saved tell them apart. Needs --labels, --data and --checkpoint.
+    """
+    return vary("loss", ("huber", "pinball", "mse", "ordinal"))
 
 
 def tile_size(config: ExperimentConfig) -> Iterable[Variant]:
@@ -144,7 +211,10 @@ SWEEPS: Mapping[str, Variants] = {
         dcl_temperature,
         alternation,
         joint_or_alternating,
+        dcl_arms,
+        dcl_settings,
         vrc_epsilon,
+        vrc_loss,
         tile_size,
         encoder_only,
         learning_rate,
@@ -152,7 +222,7 @@ SWEEPS: Mapping[str, Variants] = {
     )
 }
 
-COMMANDS: Mapping[str, str] = {vrc_epsilon.__name__: TRAIN_COMPRESSOR}
+COMMANDS: Mapping[str, str] = dict.fromkeys((vrc_epsilon.__name__, vrc_loss.__name__), TRAIN_COMPRESSOR)
 """Sweeps of another command than a launch."""
 
 

@@ -1,6 +1,7 @@
 """A run's directory: the configuration it belongs to, and whether the run is complete.
 
 <workdir>/config.json     the configuration of the last start: a launch with another one is refused
+<workdir>/lock            held by process 0 of the run at work
 <workdir>/run.json        every start: code, packages, machine, configuration
 <workdir>/*.jsonl         metrics and held-out losses; the same in `tensorboard/`
 <workdir>/checkpoints/    checkpoints, their description, and at the end the release card
@@ -8,10 +9,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pathlib
+import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from experiments.config import ExperimentConfig
 from experiments.overrides import flatten
@@ -20,8 +24,12 @@ from hypervl_jax.training.checkpoint import steps_in
 from hypervl_jax.training.telemetry.records import write_json
 
 CONFIG = "config.json"
+LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 RELEASE = "release.json"
+
+_locks: list[TextIO] = []
+"""Held until the process ends, however it ends: a lock goes with its file."""
 
 LENGTH = ("loop.steps", "loop.token_budget")
 """Keys that decide when a run ends."""
@@ -99,6 +107,28 @@ def is_complete(workdir: pathlib.Path, config: ExperimentConfig) -> bool:
 def last_step(workdir: pathlib.Path) -> int | None:
     """Step of the newest checkpoint; None before the first."""
     return max(steps_in(workdir / CHECKPOINTS), default=None)
+
+
+def lock(workdir: pathlib.Path) -> None:
+    """Keeps other runs out of the directory for as long as this process lives. For process 0 only.
+
+    Where the storage knows no locks, as buckets do not, nothing is kept out. Raises `ConfigError` when another process is at work.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ConfigError(
+            f"{workdir} is in use by {file.read().strip() or 'another process'}: wait for it, end it, or choose another --workdir"
+        ) from error
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    _locks.append(file)
 
 
 def claim(workdir: pathlib.Path, config: ExperimentConfig) -> None:

@@ -107,7 +107,7 @@ def parse_mesh(text: str) -> MeshConfig:
     """
     if text in NAMED_MESHES:
         return NAMED_MESHES[text]
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes, named = dict.fromkeys(MESH_AXES, 1), set()
     for item in text.split(","):
         axis, _, size = item.partition(":")
         if axis not in sizes or not size.removeprefix("-").isdecimal():
@@ -115,6 +115,8 @@ def parse_mesh(text: str) -> MeshConfig:
                 f"mesh {text!r} is neither a name ({', '.join(NAMED_MESHES)}) nor sizes of {', '.join(MESH_AXES)} "
                 "such as slice:1,fsdp:64,tensor:4"
             )
+        require(axis not in named, f"mesh {text!r} names {axis} twice")
+        named.add(axis)
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
 
@@ -233,6 +235,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
 def check_sharded(abstract: Any, tree: Any, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ConfigError` when a device holds over 2 % of all parameters beyond an even split over `PARAMETER_AXES`.
 
+    Copies along the other axes, which a mesh asks for by its sizes, are no surplus: `data` and `slice` exist to hold them.
     A parameter split over some of those axes and whole on the others counts with what is too much of it. Models so small
     that the surplus is below `UNSHARDED_ALLOWANCE` always pass.
     """
@@ -248,8 +251,8 @@ def check_sharded(abstract: Any, tree: Any, mesh: Mesh | AbstractMesh) -> None:
     largest = sorted(surplus, key=lambda name: -surplus[name])[:3]
     named = ", ".join(f"{name} ({100 * surplus[name] / total:.1f} %)" for name in largest)
     raise ConfigError(
-        f"{100 * held / total:.1f} % of the parameters are unsharded on the mesh {dict(mesh.shape)}; the limit is "
-        f"{100 * UNSHARDED_LIMIT:.0f} %. The largest: {named}. Give their axes a mesh axis in `partitioning.RULES`"
+        f"{100 * held / total:.1f} % of the parameters are held beyond an even split over {' × '.join(PARAMETER_AXES)} on the mesh "
+        f"{dict(mesh.shape)}; the limit is {100 * UNSHARDED_LIMIT:.0f} %. The largest: {named}. Give their axes a mesh axis in `partitioning.RULES`"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -103,9 +104,15 @@ def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
     return failures
 
 
+def mounted(options: Mapping[str, str]) -> bool:
+    """Whether the bucket is mounted on this machine where the pods see it."""
+    return os.path.ismount(parse_options(options).mount)
+
+
 def manifest(run: Run, options: Options) -> dict[str, Any]:
-    """The JobSet of one run."""
+    """The JobSet of one run. Raises `ConfigError` when its directory would be lost, or it cannot be laid out on the topology."""
     topology = chips.topology(options.topology)
+    _check(run, options, topology)
     per_slice = math.prod(topology.shape)
     machines = max(per_slice // CHIPS_PER_MACHINE, 1)
     labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
@@ -130,6 +137,19 @@ def manifest(run: Run, options: Options) -> dict[str, Any]:
             "replicatedJobs": [{"name": "slice", "replicas": topology.slices, "template": {"spec": job}}],
         },
     }
+
+
+def _check(run: Run, options: Options, topology: chips.Topology) -> None:
+    require(
+        run.directory.is_relative_to(options.mount),
+        f"--workdir {run.directory.parent} does not lie in {options.mount}, where pods see the bucket: all would be lost with a pod",
+    )
+    per_slice = math.prod(topology.shape)
+    require(
+        per_slice < CHIPS_PER_MACHINE or per_slice % CHIPS_PER_MACHINE == 0,
+        f"--set topology={options.topology}: {per_slice} chips are no whole number of machines of {CHIPS_PER_MACHINE}",
+    )
+    run.check_on(topology)
 
 
 def _pod(run: Run, options: Options, topology: chips.Topology, machine_chips: int) -> dict[str, Any]:

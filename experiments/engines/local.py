@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 
+from experiments.sweep_runs import COMPLETE, Run
 from hypervl_jax.architecture import require
-
-if TYPE_CHECKING:
-    from experiments.sweep_runs import Run
 
 OUTPUT = "output.log"
 _POLL_SECONDS = 0.5
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.5
 def describe(runs: Sequence[Run], options: Mapping[str, str]) -> str:
     """The commands that would be run, one a line."""
     _check(options)
-    return "\n".join(" ".join(("python", *run.words)) for run in runs)
+    return "\n".join(shlex.join(("python", *run.words)) for run in runs)
 
 
 def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
@@ -36,7 +36,8 @@ def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
     for number, run in enumerate(runs, 1):
         label = f"{number}/{len(runs)} {run.name}"
         started = time.monotonic()
-        reason = _execute(run, console, label)
+        with _terminate_as_interrupt():
+            reason = _execute(run, console, label)
         if reason:
             failures[run.name] = reason
         console.print(
@@ -47,6 +48,20 @@ def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
 
 def _check(options: Mapping[str, str]) -> None:
     require(not options, f"--set {', '.join(options)}: the local engine has no options")
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM within the block ends it as Ctrl-C does, so that a run is never left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _execute(run: Run, console: Console, label: str) -> str:
@@ -64,6 +79,7 @@ def _execute(run: Run, console: Console, label: str) -> str:
             process.wait()
             raise
     if process.returncode == 0:
-        return ""
+        # A run that was asked to stop saves and ends with 0.
+        return "" if run.state() == COMPLETE else f"stopped before it was complete ({log}); the same command goes on"
     lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
     return f"failed with status {process.returncode}: {lines[-1].strip() if lines else 'it printed nothing'} ({log})"

@@ -8,11 +8,13 @@ gpus_per_node, cpus_per_task, mem_gb, timeout_min, and any of Slurm's with `slur
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hypervl_jax.architecture import ConfigError
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     import submitit
 
     from experiments.sweep_runs import Run
+
+MOST_TIMEOUTS = 1000
+"""Time limits after which a job is queued again; submitit's own default, 3, would end a long stage."""
 
 SIGNAL_SECONDS = 300
 """Seconds before the time limit at which a run is asked to save."""
@@ -57,16 +62,14 @@ def _ignore_warning() -> None:
 
 def describe(runs: Sequence[Run], options: Mapping[str, str]) -> str:
     """Jobs that would be submitted: name, parameters, command."""
+    _executor("described", "slurm", options, cluster="debug")
     shown = " ".join(f"{key}={value}" for key, value in parameters(options).items())
-    return "\n".join(f"{run.job_name} [{shown}]: python {' '.join(run.words)}" for run in runs)
+    return "\n".join(f"{run.job_name} [{shown}]: {shlex.join(('python', *run.words))}" for run in runs)
 
 
 def execute(runs: Sequence[Run], options: Mapping[str, str], cluster: str = "slurm") -> dict[str, str]:
     """Submits a job for each run that is not queued already; returns why some could not be, by name."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise ConfigError("--on slurm needs submitit: pip install 'hypervl-jax[slurm]'") from error
+    submitit = _submitit()
     queued, failures = queued_names() if cluster == "slurm" else set(), {}
     for run in runs:
         if run.job_name in queued:
@@ -81,15 +84,27 @@ def execute(runs: Sequence[Run], options: Mapping[str, str], cluster: str = "slu
 
 def submit(run: Run, options: Mapping[str, str], cluster: str) -> submitit.Job[None]:
     """Submits one run; its job's files lie beside its directory. Raises `ConfigError` for a parameter that submitit refuses."""
-    import submitit
-
     folder = run.directory.with_name(f"{run.directory.name}.slurm")
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+    return _executor(run.job_name, str(folder), options, cluster).submit(Command(run.words))
+
+
+def _submitit() -> ModuleType:
+    """Raises `ConfigError` where it is not installed."""
     try:
-        executor.update_parameters(name=run.job_name, **parameters(options))
+        import submitit
+    except ImportError as error:
+        raise ConfigError("--on slurm needs submitit: pip install 'hypervl-jax[slurm]'") from error
+    return submitit
+
+
+def _executor(name: str, folder: str, options: Mapping[str, str], cluster: str) -> submitit.AutoExecutor:
+    """submitit's executor with all parameters. Raises `ConfigError` for one that it refuses."""
+    executor = _submitit().AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=MOST_TIMEOUTS)
+    try:
+        executor.update_parameters(name=name, **parameters(options))
     except (NameError, TypeError, AssertionError) as error:
         raise ConfigError(f"--set: {error}") from error
-    return executor.submit(Command(run.words))
+    return executor
 
 
 def parameters(options: Mapping[str, str]) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def topology(name: str) -> Topology:
     slices, generation, number, shape = match.groups()
     require(generation in CHIPS, f"topology {name!r} names no known TPU; known: {', '.join(CHIPS)}")
     chip = CHIPS[generation]
+    require(slices is None or int(slices) >= 1, f"topology {name!r} has no slice")
     require(
         int(slices or 1) == 1 or chip.dcn_bandwidth > 0,
         f"topology {name!r}: no DCN bandwidth is published for {chip.name}; plan one slice",

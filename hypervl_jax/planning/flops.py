@@ -21,8 +21,6 @@ from jax.interpreters import partial_eval
 from hypervl_jax.architecture import DECODER, PARTS, ConfigError, require
 from hypervl_jax.planning.useful import HEAD
 
-"""The part that head and losses are booked under: whatever lies in no module's scope."""
-
 FORWARD, BACKWARD, REPEATED = "forward", "backward", "repeated"
 """Passes; `REPEATED` is what `jax.checkpoint` computes a second time."""
 

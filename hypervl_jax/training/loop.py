@@ -42,6 +42,7 @@ from hypervl_jax.training.state import TrainState
 from hypervl_jax.training.step import ObjectiveConfig
 from hypervl_jax.training.telemetry.goodput import CHECKPOINT, EVALUATION, ActivityClock
 from hypervl_jax.training.telemetry.monitor import Monitor, MonitorConfig
+from hypervl_jax.training.telemetry.profiling import missed
 from hypervl_jax.training.telemetry.progress import ProgressLine
 from hypervl_jax.training.telemetry.step_times import StepTime
 from hypervl_jax.training.telemetry.utilization import Utilization, arms_flops
@@ -137,8 +138,8 @@ class TrainingStopped(RuntimeError):
 PretrainedLoader = Callable[[Mapping[str, Any]], dict[str, Any]]
 """From abstract parameters with shardings, by part, to the parts it supplies; parts it leaves out are initialised."""
 
-EpochCounter = Callable[[BatchLoader, np.ndarray], Mapping[str, float]]
-"""From a loader and its lane states to the passes over each source so far."""
+SourceFigures = Callable[[BatchLoader, np.ndarray], Mapping[str, float]]
+"""From a loader and its lane states to figures of its sources so far, by their names in `performance.jsonl`, as in `epochs/kale`."""
 
 
 STEPS_UNDER_WAY = 2
@@ -160,7 +161,7 @@ class Trainer:
         pretrained: PretrainedLoader | None = None,
         devices: Sequence[jax.Device] | None = None,
         monitoring: MonitorConfig | None = None,
-        epochs: EpochCounter | None = None,
+        source_figures: SourceFigures | None = None,
     ):
         self.monitoring = monitoring or MonitorConfig()
         self.clock = ActivityClock(self.monitoring.started)
@@ -175,7 +176,7 @@ class Trainer:
         self.loader = make_loader(self.lanes)
         self.make_heldout = heldout
         self.pretrained = pretrained
-        self.count_epochs = epochs
+        self.source_figures = source_figures
         self.utilization = Utilization(
             arms_flops(run.architecture, run.batch, run.consistency, run.optimizer.trainable_parts),
             self.mesh.devices.flatten().tolist(),
@@ -223,7 +224,10 @@ class Trainer:
         with jax.set_mesh(self.mesh), PreemptionGuard() as preemption, watchdog:
             state, lane_states = self.start()
             self.describe()
-            with self.monitor(int(state.step), watchdog.beat) as monitor:
+            begin = int(state.step)
+            with self.monitor(begin, watchdog.beat) as monitor:
+                if notice := missed(self.monitoring.profile_steps, begin, self.config.loop.steps):
+                    monitor.line.message(notice)
                 return _Loop(self, preemption, monitor, state, lane_states).run()
 
     def describe(self) -> None:
@@ -246,9 +250,9 @@ class Trainer:
             on_step_end,
         )
 
-    def epochs(self, lane_states: np.ndarray) -> Mapping[str, float]:
-        """Passes over each source so far, by this host's lanes; empty when nobody can tell."""
-        return self.count_epochs(self.loader, lane_states) if self.count_epochs else {}
+    def read_so_far(self, lane_states: np.ndarray) -> Mapping[str, float]:
+        """Figures of the sources so far, by this host's lanes; empty when nobody can tell."""
+        return self.source_figures(self.loader, lane_states) if self.source_figures else {}
 
     def feed(self, lane_states: np.ndarray) -> DeviceFeed:
         """Device batches from the given lane states on."""
@@ -354,7 +358,7 @@ class _Loop:
         """Reads the metrics of all steps but the newest, which is still running, and takes the decisions they call for."""
         self.pending.add_to_newest(self.trainer.boundary_function(self.state))
         self.drain(keep=1)
-        self.monitor.write_performance(self.trainer.epochs(self.lane_states))
+        self.monitor.write_performance(self.trainer.read_so_far(self.lane_states))
         progress = self.trainer.progress
         progress.boundary_tokens = progress.tokens
         if self.config.spike_factor:
@@ -448,7 +452,7 @@ class _Loop:
         """The result of this call, once every save is on disk."""
         with self.monitor.pause(CHECKPOINT):
             self.trainer.checkpoints.wait()
-        self.monitor.write_performance(self.trainer.epochs(self.lane_states))
+        self.monitor.write_performance(self.trainer.read_so_far(self.lane_states))
         counters = jax.device_get(self.state.counters)
         tokens = dict(zip(self.trainer.sources, training_state.token_totals(counters.tokens), strict=True))
         branch_steps = {"base": int(counters.branch_steps[0]), "large": int(counters.branch_steps[1])}

@@ -83,6 +83,9 @@ def test_names_are_those_that_kubernetes_takes_and_stay(runs):
         ({**OPTIONS, "qeue": "x"}, "--set qeue: the gke engine has image, topology"),
         ({**OPTIONS, "restarts": "often"}, "restarts=often must be a whole number"),
         ({**OPTIONS, "topology": "v5e-7"}, "no v5e slice has 7"),
+        ({**OPTIONS, "topology": "v5e:3x5"}, "15 chips are no whole number of machines of 4"),
+        ({**OPTIONS, "topology": "4xv5e-256"}, "512 .* over 1024"),
+        ({**OPTIONS, "mount": "/bucket"}, "does not lie in /bucket"),
     ],
 )
 def test_wrong_options_are_refused(runs, options, message):
@@ -135,12 +138,43 @@ def test_every_sweep_of_the_page_about_pods_expands(capsys):
         assert "experiments.launch" in capsys.readouterr().out
 
 
+def test_runs_in_a_bucket_that_is_not_mounted_are_submitted_without_a_table(tmp_path, monkeypatch, capfd):
+    """`kubectl` is stood in for by a script; what it is given is read."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "kubectl").write_text(
+        f"#!/bin/sh\ncat >> {tmp_path}/applied.yaml\necho --- >> {tmp_path}/applied.yaml\n"
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    words = (
+        "--config",
+        "stage2",
+        "--sweep",
+        "dcl_weight",
+        "--only",
+        "kl_weight=1.0",
+        "--on",
+        "gke",
+        "--data",
+        "/gcs/data",
+    )
+    given = [f"--set={key}={value}" for key, value in OPTIONS.items()]
+    assert sweep.main([*words, "--workdir", "/gcs/nowhere", *given]) == 0
+    shown = capfd.readouterr().err
+    assert "which runs are complete is not known here" in shown
+    assert "mount it here and give --collect" in shown
+    assert not pathlib.Path("/gcs/nowhere").exists()
+    (applied,) = (document for document in yaml.safe_load_all((tmp_path / "applied.yaml").read_text()) if document)
+    assert "/gcs/nowhere/stage2/dcl_weight/kl_weight=1.0" in json.dumps(applied)
+
+
 def test_slurm_shows_jobs_and_their_parameters(runs):
     text = slurm.describe(runs[:1], {"nodes": "8", "slurm_partition": "tpu"})
     assert "nodes=8 slurm_partition=tpu" in text
     assert text.endswith("--config.consistency.kl_weight=0.0")
     assert runs[0].job_name in text
     assert slurm.parameters({"nodes": "8"})["nodes"] == 8
+    with pytest.raises(ConfigError, match="--set: Parameter 'nonsense' need"):
+        slurm.describe(runs[:1], {"nonsense": "8"})
 
 
 def test_jobs_are_submitted_once_with_their_parameters(tmp_path, monkeypatch, capfd):
@@ -155,6 +189,8 @@ def test_jobs_are_submitted_once_with_their_parameters(tmp_path, monkeypatch, ca
     shown = capfd.readouterr().err
     assert f"{runs[0].name}: queued or running already" in shown
     assert f"{runs[1].name}: job 7" in shown
+    job = (runs[1].directory.with_name(f"{runs[1].name}.slurm") / "7_submitted.pkl").read_bytes()
+    assert b"_timeout_countdown\x94M" + slurm.MOST_TIMEOUTS.to_bytes(2, "little") in job
     script = runs[1].directory.with_name(f"{runs[1].name}.slurm") / "7_submission.sh"
     lines = script.read_text().splitlines()
     for wanted in ("--nodes=8", "--partition=tpu", "--time=600", "--signal=USR2@300", f"--job-name={runs[1].job_name}"):
@@ -202,6 +238,6 @@ def test_away_from_slurm_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sweep.main(["--config", "tiny", "--sweep", "dcl_weight", "--on", "slurm", "--workdir", str(tmp_path)]) == 2
     assert "there is no squeue here" in capsys.readouterr().err
-    arguments = ["--config", "tiny", "--sweep", "dcl_weight", "--on", "gke", "--workdir", str(tmp_path)]
+    arguments = ["--config", "tiny", "--sweep", "dcl_weight", "--on", "gke", "--workdir", "/gcs/sweeps"]
     assert sweep.main([*arguments, *(f"--set={key}={value}" for key, value in OPTIONS.items())]) == 2
     assert "there is no kubectl here" in capsys.readouterr().err

@@ -143,3 +143,11 @@ def test_the_tiny_size_runs_on_the_smallest_slice():
     config = laid_out("tiny", "v5e-4")
     assert config.mesh.sizes(4) == (1, 1, 4, 1, 1)
     assert flatten(config)["objective.accumulation"] == 1
+
+
+def test_a_mesh_of_the_users_takes_as_many_tiles_at_a_time_as_share_a_row():
+    """Before any device is known: the layout of v5p-8192, by its numbers."""
+    words = ["--config", "stage1", "--config.mesh=data:2,fsdp:256,context:2,tensor:4"]
+    assert launch.resolve(*launch.parse(words)).runtime.tile_chunk == 2
+    with pytest.raises(ConfigError, match=r"make runtime\.tile_chunk 1 a multiple"):
+        launch.resolve(*launch.parse([*words, "--config.runtime.tile_chunk=1"]))

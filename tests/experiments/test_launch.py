@@ -237,6 +237,17 @@ def test_a_workdir_belongs_to_one_configuration(tmp_path, capsys):
     assert "belongs to another run" not in capsys.readouterr().err
 
 
+def test_a_workdir_is_used_by_one_run_at_a_time_and_free_when_it_ends_however(tmp_path):
+    program = f"import pathlib, time; from experiments import workdir; workdir.lock(pathlib.Path({str(tmp_path)!r})); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ConfigError, match=f"is in use by process {other.pid} on "):
+            workdir.lock(tmp_path)
+        other.kill()
+    workdir.lock(tmp_path)
+    assert (tmp_path / workdir.LOCK).read_text().startswith("process ")
+
+
 def test_the_horizon_of_a_schedule_is_not_changed_silently():
     before = workdir.as_json(typed("tiny"))
     assert workdir.differing_keys(before, before | {"loop.steps": 9, "loop.token_budget": 9}) == ["loop.steps"]

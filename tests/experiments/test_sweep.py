@@ -11,6 +11,7 @@ import pytest
 
 from experiments import sweep, sweep_table, sweeps
 from experiments.config import ExperimentConfig
+from experiments.engines import local
 from experiments.launch import resolve
 from experiments.named import load_config
 from experiments.overrides import flatten, from_config_dict
@@ -140,7 +141,7 @@ def test_a_local_sweep_ends_in_a_table_and_a_plot_and_is_not_run_twice(data, tmp
     in_the_way.write_text("no directory")
     assert sweep.main(small_sweep(data, tmp_path, "--json")) == 1
     shown = capsys.readouterr()
-    rows = json.loads(shown.out)
+    rows = [row for row in json.loads(shown.out) if row["state"] != "new"]
     assert rows[0]["state"] == "complete", "a failed run does not keep others from running"
     assert "failed with status " in rows[1]["state"]
     assert "kl_weight=1.0" in rows[1]["state"]
@@ -155,19 +156,45 @@ def test_a_local_sweep_ends_in_a_table_and_a_plot_and_is_not_run_twice(data, tmp
     assert "1/1 kl_weight=1.0: done" in shown.err
     assert release.stat().st_mtime_ns == before
     assert shown.out == (home / "table.md").read_text().split("\n\n", 1)[1]
-    rows = json.loads((home / "table.json").read_text())
-    assert [row["state"] for row in rows] == ["complete", "complete"]
+    every = json.loads((home / "table.json").read_text())
+    rows = [row for row in every if row["state"] == "complete"]
+    assert [row["run"] for row in rows] == ["kl_weight=0.5", "kl_weight=1.0"]
+    assert {row["state"] for row in every} == {"complete", "new"}, "--only leaves the table whole"
     assert all(row["results"]["cross_entropy/base"] > 0 for row in rows)
     assert (home / "plot.png").read_bytes().startswith(b"\x89PNG")
     with (home / "table.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert [float(line["consistency.kl_weight"]) for line in lines] == [0.5, 1.0]
-    assert [float(line["kl"]) for line in lines] == [row["results"]["kl"] for row in rows]
+    assert [float(line["consistency.kl_weight"]) for line in lines if line["kl"]] == [0.5, 1.0]
+    assert [float(line["kl"]) for line in lines if line["kl"]] == [row["results"]["kl"] for row in rows]
 
     assert sweep.main(small_sweep(data, tmp_path, "--dry-run")) == 0
     shown = capsys.readouterr()
     assert "complete, skipped: kl_weight=0.5, kl_weight=1.0" in shown.err
     assert shown.out.strip() == ""
+
+    changed = small_sweep(data, tmp_path, "--config.optimizer.learning_rate=0.05")
+    assert sweep.main(changed) == 2, "results of other settings are not passed off as these"
+    assert "kl_weight=0.5 belongs to another run: optimizer.learning_rate was" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_before_it_is_complete_is_no_success(data, tmp_path, capsys, monkeypatch):
+    """What a preempted run does: it saves and ends with 0."""
+    monkeypatch.setattr(local.sys, "executable", "true")
+    assert sweep.main(small_sweep(data, tmp_path, "--only", "kl_weight=0.5")) == 1
+    assert "stopped before it was complete" in capsys.readouterr().out
+
+
+def test_a_compressor_made_by_another_command_is_not_taken_for_this_one(tmp_path, capsys):
+    words = ["--config", "tiny", "--sweep", "vrc_epsilon", "--on", "local", "--workdir", str(tmp_path)]
+    extra = ["--labels", "a", "--data", "b", "--checkpoint", "c"]
+    (run, *_) = expand("tiny", "vrc_epsilon", tmp_path / "tiny" / "vrc_epsilon", extra)
+    run.claim()
+    run.directory.mkdir()
+    run.proof.write_text("{}")
+    assert sweep.main([*words, *extra, "--dry-run"]) == 0
+    assert f"complete, skipped: {run.name}" in capsys.readouterr().err
+    assert sweep.main([*words, "--labels", "other", *extra[2:], "--dry-run"]) == 2
+    assert "was made by another command" in capsys.readouterr().err
 
 
 def test_tables_show_what_was_measured(tmp_path):

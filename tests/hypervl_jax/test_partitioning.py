@@ -73,6 +73,11 @@ def test_anything_else_is_no_mesh(text):
         parse_mesh(text)
 
 
+def test_an_axis_is_named_once():
+    with pytest.raises(ConfigError, match="names fsdp twice"):
+        parse_mesh("fsdp:2,fsdp:4")
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [

@@ -27,6 +27,13 @@ def parse_steps(text: str) -> StepRange:
     return StepRange(int(first), int(end))
 
 
+def missed(steps: StepRange | None, begin: int, end: int) -> str | None:
+    """What to tell the user when a start that trains the steps `begin` to `end` - 1 traces none of those asked for."""
+    if steps is None or (steps.first < end and begin < steps.end):
+        return None
+    return f"nothing will be traced: steps {steps.first}:{steps.end} were asked for, this start trains {begin}:{end}"
+
+
 class StepProfiler:
     """Traces the chosen steps of this process into `<directory>/profile`, and only those: the devices are drained at both ends.
 

@@ -61,6 +61,7 @@ def test_unusual_shape_keeps_its_shape_in_the_name() -> None:
         ("v5e:32x32", "256 chips"),
         ("a100-8x", "not of the form"),
         ("2xv4-512", "DCN"),
+        ("0xv5e-256", "has no slice"),
     ],
 )
 def test_wrong_names_say_what_is_wrong(name: str, message: str) -> None:

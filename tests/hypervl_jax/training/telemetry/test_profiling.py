@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from hypervl_jax.architecture import ConfigError
-from hypervl_jax.training.telemetry.profiling import StepProfiler, StepRange, parse_steps
+from hypervl_jax.training.telemetry.profiling import StepProfiler, StepRange, missed, parse_steps
 from tests.isolated import in_own_process
 
 
@@ -15,6 +15,15 @@ def test_steps_are_written_as_a_range():
 def test_other_words_are_refused(text):
     with pytest.raises(ConfigError, match="write FIRST:END"):
         parse_steps(text)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [(None, False), ((0, 3), True), ((18, 20), False), ((29, 40), False), ((30, 40), True)]
+)
+def test_steps_that_this_start_does_not_train_are_told(steps, told):
+    notice = missed(StepRange(*steps) if steps else None, 19, 30)
+    assert (notice is not None) == told
+    assert notice is None or "this start trains 19:30" in notice
 
 
 def traces(directory):
