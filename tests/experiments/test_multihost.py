@@ -254,7 +254,6 @@ def test_a_run_moves_from_2x4_to_1x8_to_4x2_by_sigterm_to_one_process(data, unin
     assert quarters == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
 
 
-@pytest.mark.slow
 def test_a_killed_host_ends_the_run_by_name_and_the_next_start_goes_on(data, uninterrupted, tmp_path):
     run, timeout = Run(data, tmp_path), 10
     started = run.start((2, 1), 0.1, HYPERVL_HEARTBEAT_TIMEOUT=timeout)

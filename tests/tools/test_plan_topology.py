@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from experiments.named import config_names
 from experiments.planning import out_of_memory
 from hypervl_jax.planning.chips import topology
 from tools import plan_topology
@@ -64,6 +65,54 @@ def test_plans_of_the_debug_size(tmp_path: pathlib.Path, capsys: pytest.CaptureF
         assert plan["step_seconds_floor"] >= arm["floors"]["arithmetic"] / 2 > 0
     assert plan["budget"]["price"] == pytest.approx(2 * plan["budget"]["chip_hours"])
     assert 0 < plan["mfu_bound"] < 1
+
+
+@needs_compiler
+def test_every_other_named_configuration_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for name in config_names() if name not in ("stage2", "stage3")]
+    asked = ["--config", ",".join(names), "--topology", "v5e-4", "--debug", "--json"]
+    assert plan_topology.main(asked) == 0
+    plans = {plan["config"].removesuffix("-debug"): plan for plan in json.loads(capsys.readouterr().out)["plans"]}
+    assert list(plans) == names
+    assert {"stage1", "tiny", "tiny_stage1"} <= plans.keys()
+    # Stage 1 keeps the decoder as it is: no gradients of its weights, no moments.
+    frozen, whole = plans["stage1"], plans["tiny"]
+    assert frozen["bytes"]["parameters"] == whole["bytes"]["parameters"]
+    assert frozen["bytes"]["optimizer"] < frozen["bytes"]["parameters"]
+    useful = [plan["arms"]["large"]["flops"]["decoder"]["useful"] for plan in (frozen, whole)]
+    assert useful[0] == pytest.approx(useful[1] * 2 / 3, rel=1e-6)
+    for plan in plans.values():
+        assert plan["fits"]
+        assert all(0.6 < arm["useful_share"] < 1 for arm in plan["arms"].values())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("topology_name", ["v5e-256", "v6e-256"])
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_the_stages_fit_at_full_size(name: str, topology_name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A compile takes 200 s and 4 GiB; stage 3 runs stage 2's program."""
+    assert plan_topology.main(["--config", name, "--topology", topology_name, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["rows_per_shard"] >= 2
+    assert all(arm["useful_share"] >= 0.7 for arm in plan["arms"].values())
+
+
+@needs_compiler
+def test_a_compiler_that_ends_its_process_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # libtpu ends the process at a flag that it does not know.
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--no_such_flag")
+    asked = ["--config", "stage2", "--topology", "v5e-4", "--debug", "--json"]
+    assert plan_topology.main(asked) == plan_topology.COMPILER_FAILED
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    *progress, said = printed.err.splitlines()
+    assert said.startswith("error: the TPU compiler (libtpu ")
+    assert "'no_such_flag'" in said
+    assert not any("no_such_flag" in line for line in progress)
 
 
 @needs_compiler
