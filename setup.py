@@ -27,6 +27,7 @@ BASE = [
     "rich>=13.9",
     "simplejpeg>=1.9",
     "tensorboardX>=2.6",
+    "tiktoken>=0.9",
     "xxhash>=3.5",
 ]
 DEMO = ["matplotlib>=3.9", "scikit-learn>=1.5"]
@@ -45,6 +46,8 @@ INGEST = [
 ]
 # The converter is reached through an interface that is not a stable one; the quantizer and the runtime match it.
 EXPORT = ["litert-converter==0.5.*", "ai-edge-litert==2.3.*", "litert-quantizer==0.11.*"]
+# Qualcomm's runtime in onnxruntime-qnn may be used for development, not passed on. onnxruntime is the version that it was built for.
+QNN = ["onnx>=1.20,<2", "onnxruntime==1.32.*", "onnxruntime-qnn==2.7.*"]
 LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     "tpu": ["jax[tpu]"],
@@ -57,6 +60,7 @@ EXTRAS = {
     "benchmark": [*BENCHMARK, *TORCH, "PyTurboJPEG>=2"],
     "demo": DEMO,
     "export": EXPORT,
+    "qnn": [f"{package}; {LINUX}" for package in QNN],
     "slurm": SLURM,
     "dev": [
         *BENCHMARK,
@@ -64,7 +68,7 @@ EXTRAS = {
         *INGEST,
         *SLURM,
         *TORCH,
-        *(f"{package}; {LINUX}" for package in EXPORT),
+        *(f"{package}; {LINUX}" for package in (*EXPORT, *QNN)),
         "jsonschema>=4.23",
         # The TPU compiler, which needs no TPU: the planner and the kernels are tested with it.
         f"libtpu>=0.0.42,<0.1; {LINUX}",
@@ -97,6 +101,7 @@ setup(
             "hypervl-to-torch=tools.to_torch:main",
             "hypervl-export-tflite=tools.export_tflite:main",
             "hypervl-run-tflite=tools.run_tflite:main",
+            "hypervl-export-qnn=tools.export_qnn:main",
             "hypervl-verify-artifact=tools.verify_artifact:main",
             "hypervl-profile-device=tools.profile_device:main",
             "hypervl-demo=tools.demo:main",

@@ -55,6 +55,12 @@ class SourceCounters:
         """Samples left out for any reason but their size."""
         return self.image + self.record
 
+    @property
+    def dropped_share(self) -> float:
+        """Samples left out for any reason, as a share of those whose fate is known."""
+        left_out = self.oversize + self.failed
+        return left_out / (left_out + self.used) if left_out else 0.0
+
 
 _COUNTERS = len(dataclasses.fields(SourceCounters))
 

@@ -19,11 +19,13 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from data_pipelines.bulk_tokenizer import bulk_tokenizer
 from data_pipelines.config import SPLIT, DataConfig
 from data_pipelines.lane_state import LaneState, SourceCounters
 from data_pipelines.packing import Budget, Sample, pack_row
 from data_pipelines.records import MANIFEST
 from data_pipelines.sources import Source, read_alphas, sampled_lengths
+from data_pipelines.staged import is_remote, local_source
 from data_pipelines.streams import Lane, Mixture, count_row, make_periods
 from data_pipelines.transforms import fill_row
 from hypervl_jax.architecture import TilingConfig, require
@@ -226,8 +228,12 @@ def _warn_left_out(mixture: Mixture, counters: Sequence[SourceCounters]) -> None
 
 
 def source_directories(config: DataConfig) -> dict[str, pathlib.Path]:
-    """Where each source of the mixture lies, by name, in the mixture's order."""
-    return {name: pathlib.Path(config.root) / config.split / name for name in source_names(config)}
+    """Where each source of the mixture lies, by name, in the mixture's order; of a remote one, the local copy (`staged`).
+
+    Raises:
+        RecordError: a remote store cannot be reached, or has other files than a manifest says.
+    """
+    return {name: local_source(config.root, config.split, name) for name in source_names(config)}
 
 
 def source_names(config: DataConfig) -> tuple[str, ...]:
@@ -247,7 +253,10 @@ def manifest_hashes(config: DataConfig) -> dict[str, str]:
 
 
 def _require_present(config: DataConfig, directories: dict[str, pathlib.Path]) -> None:
-    missing = [f"  {name}: {path / MANIFEST}" for name, path in directories.items() if not (path / MANIFEST).is_file()]
+    place = f"{config.root}/{config.split}" if is_remote(config.root) else f"{pathlib.Path(config.root) / config.split}"
+    missing = [
+        f"  {name}: {place}/{name}/{MANIFEST}" for name, path in directories.items() if not (path / MANIFEST).is_file()
+    ]
     if missing:
         listed = "\n".join(missing)
         raise MissingData(
@@ -278,5 +287,5 @@ def _open_mixture(config: DataConfig, shape: BatchShape, tiling: TilingConfig, t
         lanes=shape.rows,
         budget=budget,
         tiling=tiling,
-        tokenizer=tokenizer,
+        tokenizer=bulk_tokenizer(tokenizer),
     )

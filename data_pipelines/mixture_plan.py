@@ -170,12 +170,27 @@ def _rates(shares: Sequence[float], left: Sequence[float]) -> Mapping[int, float
 
 
 class Fill(NamedTuple):
-    """How full the rows of a budget get: means of the shares that are used, and samples a row."""
+    """How full the rows of a budget get, and how full they could.
+
+    Attributes:
+        tiles: slots of a row.
+        token_fill: mean share of the positions that is used.
+        tile_fill: mean share of the tile slots that is used.
+        samples: a row.
+        token_bound: what the mixture's tiles for a token allow of the positions; 1 where positions run out first.
+        tile_bound: what they allow of the tile slots; 1 where tile slots run out first.
+    """
 
     tiles: int
     token_fill: float
     tile_fill: float
     samples: float
+    token_bound: float
+    tile_bound: float
+
+    def reaches(self, share: float) -> bool:
+        """Whether both budgets are filled to so much of what the mixture allows, the binding one thus to so much of all."""
+        return self.token_fill >= share * self.token_bound and self.tile_fill >= share * self.tile_bound
 
 
 def simulate_fill(facts: Sequence[SourceFacts], shares: Sequence[float], budget: Budget, window: int) -> Fill:
@@ -187,7 +202,29 @@ def simulate_fill(facts: Sequence[SourceFacts], shares: Sequence[float], budget:
     rows = [pack_row(pending, lambda: next(samples), budget, window) for _ in range(SIMULATED_ROWS)]
     tokens, tiles = (sum(getattr(sample, name) for row in rows for sample in row) for name in ("tokens", "tiles"))
     slots = max(budget.tiles, 1) * len(rows)
-    return Fill(budget.tiles, tokens / budget.tokens / len(rows), tiles / slots, sum(map(len, rows)) / len(rows))
+    filled = tokens / budget.tokens / len(rows), tiles / slots
+    return Fill(budget.tiles, *filled, sum(map(len, rows)) / len(rows), *fill_bounds(facts, shares, budget))
+
+
+def fill_bounds(facts: Sequence[SourceFacts], shares: Sequence[float], budget: Budget) -> tuple[float, float]:
+    """`bounds_of` a mixture's tiles for a token, by the samples that fit the budget."""
+    fitting = [[cell for cell in source.cells if cell.tiles <= budget.tiles] for source in facts]
+    asked = [
+        (share, sum(cell.tiles * cell.records for cell in cells) / sum(cell.tokens for cell in cells))
+        for share, cells in zip(shares, fitting, strict=True)
+        if cells
+    ]
+    rate = math.fsum(share * rate for share, rate in asked) / math.fsum(share for share, _ in asked)
+    return bounds_of(rate, budget)
+
+
+def bounds_of(tiles_for_a_token: float, budget: Budget) -> tuple[float, float]:
+    """How much of a row's positions and of its tile slots can be used at most, however it is packed, as shares of both.
+
+    Samples bring tiles and tokens in one proportion, on the mean, and the budget that runs out first ends the row.
+    """
+    tiles = budget.tokens * tiles_for_a_token
+    return min(1.0, budget.tiles / tiles) if tiles else 1.0, min(1.0, tiles / max(budget.tiles, 1))
 
 
 def simulated_samples(facts: Sequence[SourceFacts], shares: Sequence[float], budget: Budget) -> Iterator[Sample]:

@@ -3,10 +3,11 @@
 HyperVL (arXiv 2512.14052) publishes how many tokens each stage reads and what kind of data it is: captions, multi-task, high
 quality. **Every source and every share below is our choice.** Shares are of tokens: LLM positions, visual tokens included.
 
-A source's directory is called like its key here. Licences are of the set as a whole, and only those of KALE and OS-Atlas were looked
-up (November 2026); the others are as we remember them: **read the data set's page before you use it**. Parts and linked images have
-their own, and what may be used is decided by whoever brings a set into our record format. "Addresses" are of images that are not
-part of the data set: they must be downloaded, and some are gone.
+A source's directory is called like its key here. Licences are of the set as a whole, as its Hugging Face page (`PublicSource.page`)
+named them in a stored copy, of 2023 to 2026, that we looked at on 2026-11-22; KALE's and OS-Atlas's earlier that month. No live page
+was seen: **read it before you use the set**. Parts and linked images have licences of their own, and what may be used is decided by
+whoever brings a set into our record format. "Addresses" are of images that are not part of the data set: they must be downloaded, and
+some are gone.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from collections.abc import Mapping
 from data_pipelines.config import SourceShare
 
 _BY_SUBSET = "by subset"
-_PAGES = "that of each page"
 
 
 @dataclasses.dataclass(frozen=True)
 class PublicSource:
-    """A public data set: what kind of data it is, one line about it, its Hugging Face name, and its licence."""
+    """A public data set: what kind of data it is, one line about it, its Hugging Face name, and the licence on its page."""
 
     kind: str
     description: str
     dataset: str
     licence: str
+
+    @property
+    def page(self) -> str:
+        """Where the set is published, and where its licence was looked up."""
+        return f"https://huggingface.co/datasets/{self.dataset}"
 
     def __str__(self) -> str:
         return f"{self.description}; Hugging Face data set {self.dataset}, licence {self.licence}"
@@ -68,13 +73,13 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "documents",
         "pages of English PDF files with their text",
         "pixparse/pdfa-eng-wds",
-        _PAGES,
+        "pdfa-eng-wds, its own",
     ),
     "idl": PublicSource(
         "documents",
         "scanned industry documents with their text",
         "pixparse/idl-wds",
-        _PAGES,
+        "idl-train, its own",
     ),
     "docmatix": PublicSource(
         "documents",
@@ -104,7 +109,7 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "VQA and STEM",
         "about two hundred vision-language sets in one form, charts, science and mathematics among them",
         "HuggingFaceM4/FineVision",
-        _BY_SUBSET,
+        f"{_BY_SUBSET}, prompts CC-BY-4.0",
     ),
     "cambrian": PublicSource(
         "VQA and STEM",
@@ -116,7 +121,7 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "VQA",
         "fifty vision-language tasks in one form",
         "HuggingFaceM4/the_cauldron",
-        _BY_SUBSET,
+        f"{_BY_SUBSET}, prompts CC-BY-4.0",
     ),
     "llava-onevision": PublicSource(
         "VQA",
@@ -134,7 +139,7 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "multi-image",
         "instructions about several images at once",
         "TIGER-Lab/Mantis-Instruct",
-        _BY_SUBSET,
+        "Apache-2.0",
     ),
     "mammoth-vl": PublicSource(
         "instruction",
@@ -158,13 +163,13 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "text, instruction",
         "text-only conversations",
         "HuggingFaceTB/smoltalk",
-        _BY_SUBSET,
+        f"none named for the whole, {_BY_SUBSET}",
     ),
     "tulu-3": PublicSource(
         "text, instruction",
         "text-only instructions",
         "allenai/tulu-3-sft-mixture",
-        "ODC-BY-1.0",
+        "ODC-BY-1.0, some subsets not for commerce",
     ),
 }
 

@@ -2,7 +2,7 @@
 
     <source>/
       shard-00000-of-00004.array_record   msgpack records, `group_size:1`: any record is one cheap read
-      shard-00000-of-00004.index.arrow    sizes, text lengths, tasks and content hashes of the same records, in the same order
+      shard-00000-of-00004.index.arrow    sizes, text lengths, tasks, hashes and pieces of the same records, in the same order
       manifest.json                       what is there, with checksums; written last
 
 Packing reads only the memory-mapped index, so it decides before a single pixel is decoded. A directory without a manifest
@@ -40,6 +40,7 @@ from data_pipelines.manifest import (
 from data_pipelines.manifest import read_manifest as read_manifest
 from data_pipelines.manifest import source_statistics as source_statistics
 from data_pipelines.manifest import verify_source as verify_source
+from data_pipelines.pieces import measure_pieces
 from data_pipelines.shard_index import IndexRow, write_index
 from data_pipelines.shard_index import read_index as read_index
 from data_pipelines.statistics import count_rows
@@ -196,6 +197,7 @@ def index_row(record: Record, tokenizer: Tokenizer) -> IndexRow:
         text_length=text_length(record.turns, tokenizer),
         task=record.task,
         content_hash=content_hash(record),
+        pieces=measure_pieces(record.turns, tokenizer).to_numbers(),
         licence=record.licence,
         language=record.language,
     )

@@ -1,4 +1,4 @@
-"""The Arrow file beside a shard: sizes of images, text lengths, tasks and content hashes of its records, in their order."""
+"""The Arrow file beside a shard: sizes of images, text lengths, tasks, hashes and pieces of its records, in their order."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _INDEX_FIELDS = (
     pa.field("task", pa.dictionary(pa.int32(), pa.string()), nullable=False),
     pa.field("content_hash", pa.string(), nullable=False),
 )
+_PIECES = pa.field("pieces", _SIDES, nullable=False)
+"""Indexes of sources that were made before November 2026 lack this column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class IndexRow:
         text_length: text tokens, image slots not counted.
         task: of the record.
         content_hash: `records.content_hash`, 32 hex digits.
+        pieces: where it may be cut (`pieces.Pieces.to_numbers`).
         licence: of the record; empty where it is the source's. Counted in the manifest, not kept in the index.
         language: BCP 47 tag. Counted in the manifest, not kept in the index.
     """
@@ -43,6 +46,7 @@ class IndexRow:
     text_length: int
     task: str
     content_hash: str
+    pieces: tuple[int, ...]
     licence: str
     language: str
 
@@ -59,6 +63,7 @@ class ShardIndex:
         task_codes: position of each record's task in `tasks`.
         tasks: the names of the tasks.
         content_hashes: `content_hash` of each record.
+        piece_numbers: where each record may be cut; None in an index that was made before it was kept.
         fingerprint: of the tokenizer and template that counted `text_lengths`.
     """
 
@@ -69,6 +74,7 @@ class ShardIndex:
     task_codes: Int32[np.ndarray, "n"]
     tasks: tuple[str, ...]
     content_hashes: pa.StringArray
+    piece_numbers: pa.ListArray | None
     fingerprint: str
 
     def __len__(self) -> int:
@@ -87,11 +93,15 @@ class ShardIndex:
         """`content_hash` of a record, 32 hex digits."""
         return self.content_hashes[record].as_py()
 
+    def pieces(self, record: int) -> Sequence[int] | None:
+        """Where a record may be cut (`pieces.Pieces.from_numbers`); None in an index that does not know."""
+        return None if self.piece_numbers is None else self.piece_numbers[record].as_py()
+
 
 def write_index(path: str | os.PathLike[str], rows: Sequence[IndexRow], fingerprint: str) -> None:
     """Writes the index of a shard whose records are `rows`; equal rows give equal bytes."""
-    columns = {field.name: [getattr(row, field.name) for row in rows] for field in _INDEX_FIELDS}
-    table = pa.Table.from_pydict(columns, pa.schema(_INDEX_FIELDS, {_FINGERPRINT_KEY: fingerprint.encode()}))
+    schema = pa.schema((*_INDEX_FIELDS, _PIECES), {_FINGERPRINT_KEY: fingerprint.encode()})
+    table = pa.Table.from_pydict({name: [getattr(row, name) for row in rows] for name in schema.names}, schema)
     with pa.OSFile(os.fspath(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as index:
         index.write_table(table)
 
@@ -126,6 +136,7 @@ def read_index(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
         task_codes=tasks.indices.to_numpy(),
         tasks=tuple(tasks.dictionary.to_pylist()),
         content_hashes=hashes,
+        piece_numbers=table.column(_PIECES.name).chunk(0) if _PIECES.name in table.schema.names else None,
         fingerprint=found,
     )
 
@@ -137,9 +148,8 @@ def _map_table(path: pathlib.Path) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise RecordError(f"{path} is not a readable index ({error}); make the source again") from error
-    require_intact(
-        table.schema.equals(pa.schema(_INDEX_FIELDS)), path, "has other columns than an index of this version"
-    )
+    known = (pa.schema((*_INDEX_FIELDS, _PIECES)), pa.schema(_INDEX_FIELDS))
+    require_intact(any(map(table.schema.equals, known)), path, "has other columns than an index of this version")
     require_intact(table.num_rows > 0 and table.column(0).num_chunks == 1, path, "is empty or in several pieces")
     require_intact(not any(column.null_count for column in table.columns), path, "has empty cells")
     return table

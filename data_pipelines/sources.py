@@ -17,9 +17,12 @@ from jaxtyping import Int16
 
 from data_pipelines.errors import RecordError
 from data_pipelines.packing import Budget
+from data_pipelines.pieces import Pieces, measure_pieces
 from data_pipelines.records import MANIFEST, Record, ShardEntry, decode, read_manifest, verify_source
 from data_pipelines.shard_index import ShardIndex, read_index
+from data_pipelines.staged import fetched
 from hypervl_jax.architecture import TilingConfig
+from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.vision.anyres import ALPHA_UNIT, ImagePlan, alpha_to_milli, plan_image, prompt_tokens
 
 _READER_OPTIONS = "readahead_buffer_size:0"
@@ -106,6 +109,16 @@ class Source:
             for i in range(min(_CLUSTER, records))
         ]
 
+    def pieces(self, record: int, tokenizer: Tokenizer) -> Pieces:
+        """Where a record may be cut, from the index; in a source that was made before indexes kept it, from the record.
+
+        Raises:
+            DamagedShard, RecordError: as `record`, in such a source; or the index is wrong.
+        """
+        shard, row = self._locate(record)
+        numbers = self._index(shard).pieces(row)
+        return measure_pieces(self.record(record).turns, tokenizer) if numbers is None else Pieces.from_numbers(numbers)
+
     def plans(self, record: int, alpha: int, tiling: TilingConfig) -> list[ImagePlan]:
         """AnyRes plan of each image of a record. `alpha` is in thousandths."""
         return _plans(self.sizes(record), alpha, tiling)
@@ -168,7 +181,11 @@ class Source:
 
     def _open_reader(self, shard: int) -> array_record_module.ArrayRecordReader:
         # A truncated ArrayRecord opens without an error and says it has 0 records.
-        path, expected = self._path(shard), self._shards[shard].records
+        expected = self._shards[shard].records
+        try:
+            path = fetched(self._path(shard), self._shards[shard].bytes)
+        except RecordError as error:
+            raise DamagedShard(str(error)) from error
         try:
             reader = array_record_module.ArrayRecordReader(
                 str(path), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER

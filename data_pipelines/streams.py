@@ -24,10 +24,9 @@ from data_pipelines.errors import RecordError
 from data_pipelines.lane_state import LaneState, SourceCounters, SourceFailed, Waiting
 from data_pipelines.packing import Budget, Sample, pack_row
 from data_pipelines.sources import DamagedShard, Source
-from data_pipelines.splitting import SplitRecord, read_split
+from data_pipelines.splitting import SplitRecord, split_sample
 from data_pipelines.transforms import Failure, fill_row
 from hypervl_jax.architecture import TilingConfig
-from hypervl_jax.text.conversation import ConversationError
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.batch import Batch
 from hypervl_jax.vision.anyres import ALPHA_UNIT
@@ -136,7 +135,7 @@ class Mixture:
             split = self._split(sample)
         except DamagedShard:
             raise
-        except (RecordError, ConversationError):
+        except RecordError:
             counters.record += 1
             return []
         counters.oversize += split.left_out
@@ -151,7 +150,7 @@ class Mixture:
         return self._parts(whole, self._split(whole))[waiting.part - 1 :]
 
     def _split(self, sample: Sample) -> SplitRecord:
-        return read_split(sample, self.sources[sample.source], self.tokenizer, self.tiling, self.budget)
+        return split_sample(sample, self.sources[sample.source], self.tokenizer, self.tiling, self.budget)
 
     def _parts(self, sample: Sample, split: SplitRecord) -> list[Sample]:
         parts = enumerate(split.parts, start=1)

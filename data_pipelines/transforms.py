@@ -12,12 +12,12 @@ from jaxtyping import UInt8
 from data_pipelines.errors import RecordError
 from data_pipelines.packing import Budget, Sample
 from data_pipelines.sources import DamagedShard, Source
-from data_pipelines.splitting import take_part
+from data_pipelines.splitting import PartSample, sample_part, take_part
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import ConversationError, EncodedConversation, encode_conversation
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.batch import TEXT_POSITION, Batch
-from hypervl_jax.vision.anyres import ImagePlan, write_tiles
+from hypervl_jax.vision.anyres import write_tiles
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 
 DecodeImage = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
@@ -39,14 +39,6 @@ class Failure(NamedTuple):
     source: int
     reason: FailureReason
     message: str
-
-
-class _Text(NamedTuple):
-    """What is known of a sample before a pixel is decoded."""
-
-    images: tuple[bytes, ...]
-    plans: Sequence[ImagePlan]
-    conversation: EncodedConversation
 
 
 def fill_row(
@@ -95,31 +87,33 @@ def fill_row(
 
 def _read(
     sample: Sample, source: Source, tokenizer: Tokenizer, tiling: TilingConfig, budget: Budget
-) -> _Text | Failure:
+) -> PartSample | Failure:
     """Reads and tokenises a sample. Raises `DamagedShard`."""
     plans = source.plans(sample.record, sample.alpha, tiling)
     try:
         record = source.record(sample.record)
-        if sample.part:
-            record, plans = take_part(record, plans, sample.part, tokenizer, tiling, budget)
         if len(record.images) != len(plans):
             raise RecordError(f"{len(record.images)} images, its index says {len(plans)}; make the source again")
-        conversation = encode_conversation(record.turns, tokenizer, plans, tiling)
+        if sample.part:
+            part = sample_part(sample, source, tokenizer, tiling, budget)
+            text = take_part(record, part, plans, tokenizer, tiling)
+        else:
+            text = PartSample(record.images, plans, encode_conversation(record.turns, tokenizer, plans, tiling))
     except DamagedShard:
         raise
     except (RecordError, ConversationError) as error:
         return Failure(sample.source, FailureReason.RECORD, f"record {sample.record}: {error}")
-    if len(conversation.tokens) != sample.tokens:
+    if len(text.conversation.tokens) != sample.tokens:
         return Failure(
             sample.source,
             FailureReason.RECORD,
-            f"record {sample.record} has {len(conversation.tokens)} tokens, its index says {sample.tokens}; make the source again",
+            f"record {sample.record} has {len(text.conversation.tokens)} tokens, its index says {sample.tokens}; make the source again",
         )
-    return _Text(record.images, plans, conversation)
+    return text
 
 
 def _write_images(
-    sample: Sample, text: _Text, decode: DecodeImage, tiles: UInt8[np.ndarray, "t s s 3"]
+    sample: Sample, text: PartSample, decode: DecodeImage, tiles: UInt8[np.ndarray, "t s s 3"]
 ) -> EncodedConversation | Failure:
     """Writes the tiles of all images of a sample, one after the other, and gives its text. After a failure `tiles` may hold anything."""
     first = 0

@@ -10,7 +10,8 @@ import math
 import pathlib
 
 from data_pipelines.config import DataConfig
-from hypervl_jax.architecture import HyperVLConfig, branch_parts, require
+from data_pipelines.staged import local_tokenizer
+from hypervl_jax.architecture import DECODER, HyperVLConfig, branch_parts, require
 from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.partitioning import MeshConfig
 from hypervl_jax.training.batch import BatchShape
@@ -136,8 +137,8 @@ class ExperimentConfig:
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
-        """Where the tokenizer lies."""
-        return pathlib.Path(self.tokenizer or self.data.root)
+        """Where the tokenizer lies; of a remote one, the local copy."""
+        return local_tokenizer(self.tokenizer or self.data.root)
 
     def training_run(self) -> TrainingRun:
         """What the trainer needs of this."""
@@ -193,8 +194,12 @@ def _check_length(config: ExperimentConfig) -> None:
 
 
 def _check_arms(config: ExperimentConfig) -> None:
-    """Every arm of the alternation trains something."""
+    """Every arm of the alternation trains something, and nothing that the batches do not hold."""
     trainable = set(config.optimizer.trainable_parts)
+    require(
+        config.batch.tiles > 0 or trainable == {DECODER},
+        "batch.tiles 0 is text alone, from which only the decoder learns; set optimizer.frozen to vision,projector",
+    )
     for arm in config.consistency.arms:
         moved = trainable & {part for branch in arm for part in branch_parts(branch)}
         require(

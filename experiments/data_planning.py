@@ -28,7 +28,7 @@ from hypervl_jax.text.tokenizer import load_tokenizer
 from hypervl_jax.training.batch import Batch, BatchShape, empty_batch
 
 ENOUGH_FILL = 0.97
-"""What the binding budget of a row is to be filled to."""
+"""What both budgets of a row are to be filled to, of what the mixture allows; the binding one of all."""
 
 TIMED_SAMPLES = 64
 """Samples of a source that are decoded at most to time it; twenty times as many are packed."""
@@ -114,9 +114,9 @@ class DataPlan:
 
     @property
     def recommended(self) -> Fill:
-        """The tile budget with the least work for a used position, among those that fill their binding budget."""
+        """The tile budget with the least work for a used position, among those that fill both budgets as far as can be."""
         pairs = list(zip(self.costs, self.fills, strict=True))
-        full = [pair for pair in pairs if max(pair[1].token_fill, pair[1].tile_fill) >= ENOUGH_FILL]
+        full = [pair for pair in pairs if pair[1].reaches(ENOUGH_FILL)]
         return min(full or pairs)[1]
 
     @property

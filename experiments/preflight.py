@@ -24,7 +24,7 @@ COMPARED = ("vision_base", "vision_large", "projector", "decoder")
 
 _MAKE_EMBEDDED = "Make the embedded data: `python -m data_pipelines.rendered --output {root}`."
 _BRING_PUBLIC = (
-    "Write each as record shards with a manifest (`data_pipelines.records.write_source`; docs/data.md), counted with this run's tokenizer. "
+    "Make each from its raw files by `python -m data_pipelines.ingest` (docs/pods.md, step 4; docs/data.md), counted with this run's tokenizer. "
     "To try the configuration without them, add --debug."
 )
 _GET_TOKENIZER = (

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from data_pipelines.lane_state import SourceFailed
 from data_pipelines.lanes import LaneLoader, MissingData
-from data_pipelines.packing import Sample
+from data_pipelines.mixture_plan import bounds_of
+from data_pipelines.packing import Budget, Sample
 from data_pipelines.records import RecordError
-from data_pipelines.splitting import take_part
+from data_pipelines.splitting import sample_part
 from data_pipelines.streams import Lane, Mixture
 from data_pipelines.transforms import fill_row
 from experiments import launch, preflight
@@ -199,8 +200,8 @@ def sample_plans(mixture: Mixture, sample: Sample) -> tuple[ImagePlan, ...]:
     source = mixture.sources[sample.source]
     plans = source.plans(sample.record, sample.alpha, mixture.tiling)
     if sample.part:
-        record = source.record(sample.record)
-        _, plans = take_part(record, plans, sample.part, mixture.tokenizer, mixture.tiling, mixture.budget)
+        part = sample_part(sample, source, mixture.tokenizer, mixture.tiling, mixture.budget)
+        return tuple(plans[image] for image in part.images)
     return tuple(plans)
 
 
@@ -216,15 +217,19 @@ def described(number: int, sample: Sample, row: Batch, place: slice) -> str:
 
 
 def overview(config: ExperimentConfig, planned: Sequence[PlannedRow]) -> dict[str, Any]:
-    """Fill of both budgets over the planned rows."""
+    """Fill of both budgets over the planned rows, and the most that their samples allow."""
     samples = [sample for row in planned for sample in row.samples]
-    pictured = [sample for sample in samples if sample.tiles]
+    pictured, batch = [sample for sample in samples if sample.tiles], config.batch
+    tokens, tiles = (sum(getattr(sample, name) for sample in samples) for name in ("tokens", "tiles"))
+    token_bound, tile_bound = bounds_of(tiles / max(tokens, 1), Budget(batch.length, batch.tiles))
     return {
         "config": config.name,
         "rows": len(planned),
         "samples": len(samples),
-        "token_fill": sum(sample.tokens for sample in samples) / (len(planned) * config.batch.length),
-        "tile_fill": sum(sample.tiles for sample in samples) / max(len(planned) * config.batch.tiles, 1),
+        "token_fill": tokens / (len(planned) * batch.length),
+        "tile_fill": tiles / max(len(planned) * batch.tiles, 1),
+        "token_bound": token_bound,
+        "tile_bound": tile_bound,
         "scaled_share": sum(sample.alpha != ALPHA_UNIT for sample in pictured) / max(len(pictured), 1),
     }
 
@@ -232,8 +237,11 @@ def overview(config: ExperimentConfig, planned: Sequence[PlannedRow]) -> dict[st
 def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The page's large figures."""
     return [
-        (f"{summary['token_fill']:.1%}", f"of the token budget filled, over {summary['rows']} rows"),
-        (f"{summary['tile_fill']:.1%}", "of the tile budget filled"),
+        (
+            f"{summary['token_fill']:.1%}",
+            f"of the token budget filled, of {summary['token_bound']:.1%} that the samples allow, over {summary['rows']} rows",
+        ),
+        (f"{summary['tile_fill']:.1%}", f"of the tile budget filled, of {summary['tile_bound']:.1%}"),
         (f"{summary['samples'] / summary['rows']:.1f}", "samples in a row"),
         (f"{summary['scaled_share']:.0%}", "of the samples with images scaled by an α below 1"),
     ]

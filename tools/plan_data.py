@@ -48,7 +48,8 @@ exit status:
 """
 
 CONVENTIONS = (
-    "Tokens: LLM positions at α = 1, visual tokens included. Fills: {rows} simulated rows with the shares of the first step. Work: useful FLOPs of a "
+    "Tokens: LLM positions at α = 1, visual tokens included. Fills: {rows} simulated rows with the shares of the first step; "
+    "at most: what the mixture's tiles for a token leave, where the other budget runs out first. Work: useful FLOPs of a "
     "step over its used positions. Cores: of this machine, as many as reading, decoding, tiling, tokenising and packing keep busy."
 )
 
@@ -121,6 +122,8 @@ def to_json(plan: DataPlan) -> dict[str, Any]:
         "batch": {"rows": batch.rows, "length": batch.length, "tiles": batch.tiles},
         "token_fill": plan.fill.token_fill,
         "tile_fill": plan.fill.tile_fill,
+        "token_bound": plan.fill.token_bound,
+        "tile_bound": plan.fill.tile_bound,
         "samples_per_row": plan.fill.samples,
         "recommended_tiles": recommended.tiles,
         "tile_budgets": [
@@ -226,14 +229,16 @@ def _source_table(plan: DataPlan) -> Table:
 
 def _fill_table(plan: DataPlan) -> Table:
     length, least = plan.config.batch.length, min(plan.costs)
-    names = ("tiles a row", "token fill", "tile fill", "samples a row", "work a token", "")
+    names = ("tiles a row", "token fill", "at most", "tile fill", "at most", "samples a row", "work a token", "")
     table = Table(*names, title=f"Rows of {length} positions", title_justify="left")
     for fill, cost in zip(plan.fills, plan.costs, strict=True):
         marks = {"configured": fill == plan.fill, "recommended": fill == plan.recommended}
         table.add_row(
             str(fill.tiles),
             f"{fill.token_fill:.1%}",
+            f"{fill.token_bound:.1%}",
             f"{fill.tile_fill:.1%}",
+            f"{fill.tile_bound:.1%}",
             f"{fill.samples:.1f}",
             f"{cost / least:.1%}",
             ", ".join(mark for mark, holds in marks.items() if holds),

@@ -55,7 +55,8 @@ examples:
 filters.yaml holds the fields of data_pipelines.ingest.config.IngestConfig; unnamed ones keep their defaults, as in
   min_side: 64
   languages: [en, zh]
-  held_out: [DIR/heldout/docvqa, benchmarks.jsonl]
+  held_out: [DIR/heldout/docvqa, benchmarks.jsonl]   kept out, with what is near to them
+  earlier: [DIR/train/cauldron]                      sources that hold some of it already
   scorers: [{name: personal, factory: "data_pipelines.ingest.scorers:personal_data", maximum: 0}]
 
 Arguments that are not listed here go to Beam."""

@@ -90,6 +90,7 @@ class IngestConfig:
         held_out: source directories or JSON Lines (`decontamination`) whose pictures and questions are kept out.
         held_out_distance: as `image_distance`, against the held-out pictures.
         held_out_words: a question that shares so many words in a row with a held-out question is left out.
+        earlier: directories of sources that were ingested before; what they hold is a duplicate here.
         opt_out: files with one URL, domain, SHA-256 of a picture or content hash a line.
     """
 
@@ -114,6 +115,7 @@ class IngestConfig:
     held_out: tuple[str, ...] = ()
     held_out_distance: int = 3
     held_out_words: int = 8
+    earlier: tuple[str, ...] = ()
     opt_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
     rows ─by content hash─► exact duplicates out ─by keys of signatures─► pairs of near duplicates
          ─connected components─► all of a component but one out
 
-Of equal records the one that is read first stays; of near duplicates the one with most pixels, then with the longest text, then
+Of equal records the one that is read first stays; what an earlier source holds stays there; of near duplicates the one with most pixels, then with the longest text, then
 with the smallest content hash: a choice that depends on the set alone.
 """
 
@@ -31,13 +31,13 @@ Rank = str
 
 
 def rank(row: StagedRow) -> Rank:
-    """Most pixels first, then the longest text, then the smallest content hash."""
+    """What an earlier source holds first, then most pixels, then the longest text, then the smallest content hash."""
     pixels = sum(h * w for h, w in zip(row.image_heights, row.image_widths, strict=True))
-    return f"{2**52 - pixels:014x}{2**32 - row.text_length:09x}{row.content_hash}"
+    return f"{int(not row.earlier)}{2**52 - pixels:014x}{2**32 - row.text_length:09x}{row.content_hash}"
 
 
 class DropExactDuplicates(beam.PTransform):
-    """Rows -> one row of each content hash: the first in the order of the source."""
+    """Rows -> one row of each content hash: an earlier source's, else the first in the order of the source."""
 
     def expand(self, rows: beam.PCollection[StagedRow]) -> beam.PCollection[StagedRow]:
         """Keys by content hash and keeps the minimum."""
@@ -46,7 +46,7 @@ class DropExactDuplicates(beam.PTransform):
 
 
 def _first(rows: Iterable[StagedRow]) -> StagedRow:
-    return min(rows, key=lambda row: (row.unit, row.offset))
+    return min(rows, key=lambda row: (not row.earlier, row.unit, row.offset))
 
 
 class NearDuplicates(beam.PTransform):

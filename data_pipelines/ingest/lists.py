@@ -29,6 +29,7 @@ from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.ingest.signatures import hamming, image_hash, image_keys, word_hashes, words
 from data_pipelines.records import MANIFEST, Record, RecordError, content_hash, read_manifest
 from data_pipelines.sources import Source
+from data_pipelines.staged import local_directory
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 
@@ -158,7 +159,8 @@ def _entries(path: str) -> Iterator[tuple[list[int], str]]:
 
 def _source_entries(path: str) -> Iterator[tuple[list[int], str]]:
     try:
-        source = Source(path, read_manifest(path).fingerprint)
+        directory = local_directory(path)
+        source = Source(directory, read_manifest(directory).fingerprint)
         for number in range(len(source)):
             record = source.record(number)
             hashes = [image_hash(decode_image(image)) for image in record.images]

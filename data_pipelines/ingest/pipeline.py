@@ -24,6 +24,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from data_pipelines.ingest import lists, staging, storage
 from data_pipelines.ingest.config import IngestConfig
 from data_pipelines.ingest.deduplication import DropExactDuplicates, NearDuplicates, rank
+from data_pipelines.ingest.earlier import earlier_shards
 from data_pipelines.ingest.errors import IngestError
 from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.ingest.reading import Reading, UnitStager, check_failure_rate, exclusions_path
@@ -85,9 +86,9 @@ def run(ingest: Ingest, options: PipelineOptions) -> Manifest:
     exclusions.save(exclusions_path(ingest.staging))
     staging.write_tokenizer(ingest.staging, ingest.tokenizer)
     reading = _reading(ingest, units)
-    reports = _stage_units(reading, options)
+    reports = _stage_units(reading, options)[: len(units)]
     _check_reports(reports, ingest.config)
-    selection = _write_shards(ingest, len(units), options)
+    selection = _write_shards(ingest, reading.count, options)
     return _finish(ingest, reports, selection)
 
 
@@ -111,6 +112,7 @@ def _reading(ingest: Ingest, units: tuple[str, ...]) -> Reading:
         source=ingest.source,
         options=ingest.options,
         units=units,
+        earlier=tuple(earlier_shards(ingest.config.earlier)),
         tags=ingest.tags,
         config=ingest.config,
     )
@@ -124,6 +126,7 @@ def _settings(ingest: Ingest, units: tuple[str, ...], exclusions: lists.Exclusio
         "source": ingest.source,
         "options": dict(ingest.options),
         "units": hashlib.sha256("\0".join(units).encode()).hexdigest(),
+        "earlier": [shard.checksum for shard in earlier_shards(ingest.config.earlier)],
         "tags": dataclasses.asdict(ingest.tags),
         "licence": ingest.licence,
         "config": config,
@@ -152,12 +155,12 @@ class _StageUnit(beam.DoFn):
 
 def _stage_units(reading: Reading, options: PipelineOptions) -> list[staging.UnitReport]:
     """Stages the units that are not there yet; returns the reports of all, in order."""
-    todo = [unit for unit in range(len(reading.units)) if staging.read_unit(reading.staging, unit) is None]
+    todo = [unit for unit in range(reading.count) if staging.read_unit(reading.staging, unit) is None]
     if todo:
         with _pipeline(options) as pipeline:
             units = pipeline | "units" >> beam.Create(todo) | "spread" >> beam.Reshuffle()
             _ = units | "read and filter" >> beam.ParDo(_StageUnit(reading))
-    reports = [staging.read_unit(reading.staging, unit) for unit in range(len(reading.units))]
+    reports = [staging.read_unit(reading.staging, unit) for unit in range(reading.count)]
     missing = [unit for unit, report in enumerate(reports) if report is None]
     if missing:
         raise IngestError(f"unit {missing[0]} of {reading.staging} is missing or damaged; give the same command again")
@@ -207,10 +210,12 @@ def _write_shards(ingest: Ingest, units: int, options: PipelineOptions) -> dict[
 
 
 def _judge(item: tuple[str, Mapping[str, Iterable[Any]]]) -> Iterator[tuple[str, staging.StagedRow]]:
-    """(reason to leave it out or empty, row)."""
+    """(reason to leave it out or empty, row); nothing for a row of an earlier source."""
     _, found = item
     dropped = any(True for _ in found["mark"])
     for row in found["row"]:
+        if row.earlier:
+            continue
         kind = "image" if row.image_hashes else "text"
         yield f"duplicate:{kind}" if dropped else "", row
 
@@ -236,7 +241,8 @@ def _save_selection(
 ) -> None:
     """Writes how many rows there were, how many were judged how, and the number of shards."""
     reasons = judged | "reasons" >> beam.Map(lambda item: item[0]) | "counts" >> beam.combiners.Count.PerElement()
-    total = rows | "staged rows" >> beam.combiners.Count.Globally()
+    own = rows | "own rows" >> beam.Filter(lambda row: not row.earlier)
+    total = own | "staged rows" >> beam.combiners.Count.Globally()
     _ = (
         pipeline
         | "once" >> beam.Create([path])
@@ -269,6 +275,10 @@ def _finish(ingest: Ingest, reports: Iterable[staging.UnitReport], selection: Ma
         raise IngestError(
             f"{ingest.output}: {manifest.samples_read} records and drops for {total.samples} samples, so a shard is missing; "
             f"give the same command again"
+        )
+    if not manifest.records:
+        raise IngestError(
+            f"all {manifest.samples_read} samples are left out: {dict(manifest.drops)}; nothing is new here"
         )
     _remove_strangers(ingest.output, [shard for shard in shards if shard is not None])
     staging.write_json(storage.join(ingest.output, MANIFEST), dataclasses.asdict(manifest))

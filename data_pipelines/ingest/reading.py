@@ -12,11 +12,12 @@ from jaxtyping import UInt8
 
 from data_pipelines.ingest import filters, lists, staging
 from data_pipelines.ingest.config import IngestConfig
+from data_pipelines.ingest.earlier import EarlierShard, earlier_rows, signatures
 from data_pipelines.ingest.errors import IngestError, Skip, unreadable
 from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.ingest.samples import Sample, SourceTags, to_record
 from data_pipelines.ingest.scorers import BATCH, Scorer, load_scorer
-from data_pipelines.ingest.signatures import image_hash, text_fingerprint, text_signature
+from data_pipelines.ingest.signatures import image_hash
 from data_pipelines.records import Record, RecordError, encode, index_row
 from hypervl_jax.text.conversation import ConversationError
 
@@ -33,6 +34,7 @@ class Reading:
         source: `KIND:LOCATION`.
         options: of the reader.
         units: all units of the source.
+        earlier: shards of sources that were ingested before, units too, after those of the source.
         tags: common to all records.
         config: thresholds.
     """
@@ -41,8 +43,14 @@ class Reading:
     source: str
     options: Mapping[str, str]
     units: tuple[str, ...]
+    earlier: tuple[EarlierShard, ...]
     tags: SourceTags
     config: IngestConfig
+
+    @property
+    def count(self) -> int:
+        """Units in all."""
+        return len(self.units) + len(self.earlier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,10 @@ class UnitStager:
             IngestError: the unit cannot be opened, or too many of its samples cannot be read.
         """
         tally = staging.UnitTally()
+        if unit >= len(self._reading.units):
+            shard = self._reading.earlier[unit - len(self._reading.units)]
+            rows = earlier_rows(shard, unit, self._reading.config)
+            return staging.write_unit(self._reading.staging, unit, ((b"", row) for row in rows), tally)
         records = self._rows(unit, self._scored(self._candidates(unit, tally), tally), tally)
         return staging.write_unit(self._reading.staging, unit, records, tally)
 
@@ -135,23 +147,15 @@ class UnitStager:
             yield data, row
 
     def _row(self, unit: int, offset: int, candidate: _Candidate) -> tuple[bytes, staging.StagedRow]:
-        record, config = candidate.record, self._reading.config
+        record = candidate.record
         try:
             data, row = encode(record), index_row(record, self._tokenizer)
         except (RecordError, ConversationError) as error:
             raise unreadable("not_a_record", str(error)) from error
-        text = "\n".join(turn.text for turn in record.turns)
-        plain = not record.images and config.text_similarity > 0
-        return data, staging.StagedRow(
-            unit=unit,
-            offset=offset,
-            length=len(data),
-            checksum=xxhash.xxh3_64_intdigest(data),
-            image_hashes=candidate.image_hashes,
-            text_fingerprint=text_fingerprint(text),
-            text_signature=text_signature(text, config.permutations) if plain else b"",
-            **dataclasses.asdict(row),
-        )
+        signed = signatures(record, candidate.image_hashes, self._reading.config)
+        checksum = xxhash.xxh3_64_intdigest(data)
+        row = staging.StagedRow(unit, offset, len(data), checksum, **signed, **dataclasses.asdict(row))
+        return data, row
 
     def _check_failures(self, tally: staging.UnitTally) -> None:
         if tally.failures.total() >= FAILURES_THAT_STOP:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import xxhash
 
+from data_pipelines.bulk_tokenizer import bulk_tokenizer
 from data_pipelines.ingest import storage
 from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.records import IndexRow, ShardSummary, file_checksum
@@ -44,6 +45,7 @@ _ROW_SCHEMA = pa.schema(
         ("text_length", pa.int32()),
         ("task", pa.string()),
         ("content_hash", pa.string()),
+        ("pieces", _LISTED),
         ("licence", pa.string()),
         ("language", pa.string()),
         ("image_hashes", pa.list_(pa.uint64())),
@@ -69,11 +71,17 @@ class StagedRow(NamedTuple):
     text_length: int
     task: str
     content_hash: str
+    pieces: tuple[int, ...]
     licence: str
     language: str
     image_hashes: tuple[int, ...]
     text_fingerprint: int
     text_signature: bytes
+
+    @property
+    def earlier(self) -> bool:
+        """Whether it is of a source that was ingested before: it has no bytes here, and is never written again."""
+        return not self.length
 
     def index_row(self) -> IndexRow:
         """What index and manifest keep of it."""
@@ -172,7 +180,7 @@ def _rows_bytes(rows: Sequence[StagedRow]) -> bytes:
 
 def _parse_rows(data: bytes) -> list[StagedRow]:
     columns = pa.ipc.open_file(data).read_all().to_pydict()
-    lists = ("image_heights", "image_widths", "image_hashes")
+    lists = ("image_heights", "image_widths", "pieces", "image_hashes")
     values = [map(tuple, columns[name]) if name in lists else columns[name] for name in StagedRow._fields]
     return list(map(StagedRow, *values))
 
@@ -247,7 +255,7 @@ def read_tokenizer(staging: str) -> Tokenizer:
     with tempfile.TemporaryDirectory(prefix="hypervl-ingest-") as directory:
         for name in storage.names_in(where):
             (pathlib.Path(directory) / name).write_bytes(storage.read_bytes(storage.join(where, name)))
-        return load_tokenizer(directory)
+        return bulk_tokenizer(load_tokenizer(directory))
 
 
 def _short(value: Any) -> str:

@@ -102,10 +102,23 @@ def expand(pattern: str) -> list[str]:
     Raises:
         StorageError: there is none, or the store cannot be asked.
     """
-    found = sorted({path for name in _ranges(pattern) for path in _call(name, "list", _list)})
+    names = list(_ranges(pattern))
+    # A range of a hundred thousand shards is one listing, not as many questions.
+    several = len(names) > 1 and not glob.has_magic(pattern)
+    found = sorted(_listed(names) if several else {path for name in names for path in _call(name, "list", _list)})
     if not found:
         raise StorageError(f"{pattern} names no file; check the path (ranges are written {{000..123}})")
     return found
+
+
+def _listed(names: Sequence[str]) -> Iterator[str]:
+    """Those of some files that are there."""
+    wanted: dict[str, set[str]] = {}
+    for name in names:
+        directory, _, last = name.rpartition("/")
+        wanted.setdefault(directory or ("/" if name.startswith("/") else "."), set()).add(last)
+    for directory, last in wanted.items():
+        yield from (path for path in _call(directory, "list", _list) if path.rpartition("/")[2] in last)
 
 
 def _ranges(pattern: str) -> Iterator[str]:
@@ -143,6 +156,12 @@ def names_in(directory: str) -> list[str]:
     return sorted(name.rpartition("/")[2] for name in _call(directory, "list", _list)) if exists(directory) else []
 
 
+def sizes_in(directory: str) -> dict[str, int | None]:
+    """Bytes of the files directly in a directory by name; None where the store does not tell."""
+    entries = _call(directory, "list", lambda store, name: store.ls(name, detail=True))
+    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+
 def read_bytes(path: str) -> bytes:
     """A small file, whole."""
     return _call(path, "read", lambda store, name: store.cat_file(name))
@@ -171,11 +190,12 @@ def local_copy(path: str) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory(prefix="hypervl-ingest-") as directory:
         copy = pathlib.Path(directory) / path.rpartition("/")[2]
-        _download(path, copy)
+        download(path, copy)
         yield copy
 
 
-def _download(path: str, copy: pathlib.Path) -> None:
+def download(path: str, copy: pathlib.Path) -> None:
+    """Copies a file into a local one, block by block; each block has the time limit of a call."""
     source = _call(path, "open", lambda store, name: store.open(name, "rb"))
     with copy.open("wb") as file, contextlib.closing(source):
         while block := within(CALL_SECONDS, lambda: source.read(_BLOCK), f"cannot read {path}"):

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         choices=tuple(SIZES),
         default="demo",
-        help="demo trains the tiny model; test is a fortieth of it (default: demo)",
+        help="demo trains the tiny model; study has pictures at 1, 2 and 3 pixels a unit, for the study of the VRC; the tests are a fortieth of each (default: demo)",
     )
     parser.add_argument(
         "--workers",

@@ -54,13 +54,14 @@ _MANY_TILES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How many records each source has."""
+    """How many records each source has, and of what sizes their pictures are (a key of `pictures.FRAMINGS`)."""
 
     captions: int
     questions: int
     text: int
     heldout_captions: int
     heldout_questions: int
+    pictures: str = "demo"
 
     def sources(self) -> dict[tuple[str, str], int]:
         """(split, source) -> records, in the order they are built."""
@@ -74,6 +75,8 @@ class Size:
 SIZES: Mapping[str, Size] = {
     "demo": Size(captions=16_000, questions=8_000, text=2_000, heldout_captions=200, heldout_questions=300),
     "test": Size(captions=300, questions=200, text=50, heldout_captions=10, heldout_questions=20),
+    "study": Size(16_000, 8_000, 2_000, heldout_captions=200, heldout_questions=400, pictures="study"),
+    "study_test": Size(300, 200, 50, heldout_captions=10, heldout_questions=20, pictures="study"),
 }
 
 _DESCRIPTIONS = {
@@ -144,7 +147,7 @@ def build(
         return report
     _clear(root)
     write_json(root / MARKER, {"version": VERSION, "size": size, "complete": False})
-    drawn = _draw_all(SIZES[size].sources(), _worker_count(workers, size), progress)
+    drawn = _draw_all(SIZES[size], _worker_count(workers, size), progress)
     tokenizer = _train_tokenizer(root, drawn)
     reports = tuple(_write_all(root, drawn, tokenizer, progress))
     rows = [dataclasses.asdict(report) for report in reports]
@@ -152,11 +155,11 @@ def build(
     return Report(str(root), size, reports, already_complete=False)
 
 
-def draw_record(split: str, source: str, index: int) -> Record:
-    """Record `index` of a source; the same whenever and wherever it is drawn."""
+def draw_record(split: str, source: str, index: int, sizes: str = "demo") -> Record:
+    """Record `index` of a source with pictures of `sizes`; the same whenever and wherever it is drawn."""
     if source == "captions":
-        return captions.caption_record(split, index)
-    return text.text_record(split, index) if source == "text" else question_record(split, source, index)
+        return captions.caption_record(split, index, sizes)
+    return text.text_record(split, index) if source == "text" else question_record(split, source, index, sizes)
 
 
 def _complete(root: pathlib.Path, size: str) -> Report | None:
@@ -193,10 +196,10 @@ def _all_sources() -> set[tuple[str, str]]:
 
 
 def _worker_count(workers: int | None, size: str) -> int:
-    """Starting a process takes seconds, so the test size is drawn in this one."""
+    """Starting a process takes seconds, so what is for tests is drawn in this one."""
     if workers is not None:
         return workers
-    return 0 if size == "test" else os.cpu_count() or 1
+    return 0 if SIZES[size].questions <= 10 * _CHUNK else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,30 +210,34 @@ class _Job:
     source: str
     first: int
     count: int
+    sizes: str
 
 
-def _jobs(sources: Mapping[tuple[str, str], int]) -> list[_Job]:
+def _jobs(size: Size) -> list[_Job]:
     return [
-        _Job(split, source, first, min(_CHUNK, records - first))
-        for (split, source), records in sources.items()
+        _Job(split, source, first, min(_CHUNK, records - first), size.pictures)
+        for (split, source), records in size.sources().items()
         for first in range(0, records, _CHUNK)
     ]
 
 
 def _draw(job: _Job) -> list[bytes]:
     """The encoded records of a job."""
-    return [encode(draw_record(job.split, job.source, index)) for index in range(job.first, job.first + job.count)]
+    return [
+        encode(draw_record(job.split, job.source, index, job.sizes))
+        for index in range(job.first, job.first + job.count)
+    ]
 
 
 def _draw_all(
-    sources: Mapping[tuple[str, str], int], workers: int, progress: Callable[[str, int, int], None]
+    size: Size, workers: int, progress: Callable[[str, int, int], None]
 ) -> dict[tuple[str, str], list[bytes]]:
     """The encoded records of every source, in order; all of them are held in memory (about 3 KB each)."""
-    jobs, drawn, done = _jobs(sources), defaultdict(list), 0
+    jobs, drawn, done = _jobs(size), defaultdict(list), 0
     for job, records in zip(jobs, _map_jobs(jobs, workers), strict=True):
         drawn[job.split, job.source] += records
         done += len(records)
-        progress(f"drawing {job.split}/{job.source}", done, sum(sources.values()))
+        progress(f"drawing {job.split}/{job.source}", done, sum(job.count for job in jobs))
     return drawn
 
 

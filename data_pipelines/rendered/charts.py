@@ -7,14 +7,14 @@ import random
 from data_pipelines.rendered.pictures import (
     CELL,
     COLOURS,
+    DEMO_FRAMING,
     PAPERS,
-    PLAIN_FRAME,
     Canvas,
     Colour,
     Frame,
+    Framing,
     Picture,
     Question,
-    choose_frame,
     encode_picture,
     plural,
     vary,
@@ -34,10 +34,10 @@ _KINDS = {"bar": 0.3, "line": 0.75, "pie": 0.5}
 """How likely the kind is asked for, so that the three answers come equally often."""
 
 
-def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+def draw(rng: random.Random, split: str, plain: bool = False, framing: Framing = DEMO_FRAMING) -> Picture:
     """A chart with its questions, on one tile where `plain`; `split` only matters to generators with texts or scans."""
     del split
-    frame = PLAIN_FRAME if plain else choose_frame(rng)
+    frame = framing.choose(rng, plain)
     kind, chart = rng.choices((("bar", _bars), ("line", _line), ("pie", _pie)), (50, 20, 30))[0]
     canvas, caption, questions = chart(rng, frame)
     questions.append(

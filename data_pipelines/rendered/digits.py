@@ -17,14 +17,14 @@ from sklearn.datasets import load_digits
 from data_pipelines.rendered.pictures import (
     CELL,
     COLOURS,
+    DEMO_FRAMING,
     HELD_OUT,
     PAPERS,
-    PLAIN_FRAME,
     Canvas,
     Frame,
+    Framing,
     Picture,
     Question,
-    choose_frame,
     encode_picture,
     plural,
     vary,
@@ -72,9 +72,9 @@ class _Sheet:
         return (Question("ink", "What colour is the ink?", self.ink_name, 1, 0.15),)
 
 
-def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+def draw(rng: random.Random, split: str, plain: bool = False, framing: Framing = DEMO_FRAMING) -> Picture:
     """A single digit, a strip of two to five, or a form, with its questions; a single one on one tile where `plain`."""
-    frame = PLAIN_FRAME if plain else choose_frame(rng)
+    frame = framing.choose(rng, plain)
     sheet = _Sheet(rng, split, frame)
     roomy = frame.width >= 96 and frame.height >= 40
     layout = _single if plain else rng.choices((_single, _strip, _form), (70, 25, 12 if roomy else 0))[0]

@@ -14,13 +14,13 @@ from data_pipelines.rendered.passages import passages
 from data_pipelines.rendered.pictures import (
     CELL,
     COLOURS,
+    DEMO_FRAMING,
     PAPERS,
-    PLAIN_FRAME,
     Canvas,
     Colour,
+    Framing,
     Picture,
     Question,
-    choose_frame,
     encode_picture,
     font,
     plural,
@@ -65,9 +65,9 @@ class _Page:
         return self.canvas.frame.height
 
 
-def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+def draw(rng: random.Random, split: str, plain: bool = False, framing: Framing = DEMO_FRAMING) -> Picture:
     """A page with a title, a page number or a total and, as far as there is room, text and a stamp; no text where `plain`."""
-    frame = PLAIN_FRAME if plain else choose_frame(rng)
+    frame = framing.choose(rng, plain)
     paper = rng.choice(PAPERS)
     page = _Page(rng, split, Canvas(frame, paper), rng.choice(_FAMILIES), vary((30, 30, 34), rng))
     title_on_top = rng.random() < 0.5

@@ -13,6 +13,7 @@ import io
 import pathlib
 import random
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -90,34 +91,92 @@ class Frame:
     scale: float
 
 
-_FRAMES: tuple[tuple[int, tuple[int, int], tuple[int, int], float], ...] = (
-    # weight, height, width (ranges of units), pixels per unit
-    (72, (64, 64), (64, 64), 1.0),
-    (6, (40, 64), (40, 64), 1.0),
-    (4, (64, 64), (128, 128), 1.0),
-    (3, (128, 128), (64, 64), 1.0),
-    (4, (64, 64), (64, 64), 2.0),
-    (1, (64, 64), (64, 64), 3.0),
-    (1, (48, 64), (96, 128), 1.5),
-    (2, (64, 64), (150, 192), 1.0),
-    (2, (150, 192), (64, 64), 1.0),
-    (1, (48, 64), (260, 320), 1.0),
-    (2, (128, 128), (128, 128), 1.0),
-    (1, (100, 128), (150, 192), 1.0),
-    (1, (150, 192), (150, 192), 1.0),
+class FrameChoice(NamedTuple):
+    """How likely a kind of frame is, the ranges of its height and width in units, and its pixels per unit."""
+
+    weight: float
+    heights: tuple[int, int]
+    widths: tuple[int, int]
+    scale: float
+
+
+class Framing(NamedTuple):
+    """The frames of a source's pictures.
+
+    Attributes:
+        choices: of pictures that are not plain.
+        plain_scales: pixels per unit of plain pictures, each as likely: one full tile at 1, no padding.
+    """
+
+    choices: tuple[FrameChoice, ...]
+    plain_scales: tuple[float, ...] = (1.0,)
+
+    def choose(self, rng: random.Random, plain: bool) -> Frame:
+        """A size between a fraction of a tile and nine tiles, with little or much redundancy."""
+        if plain:
+            # A choice among one would still take a number from `rng`.
+            scale = rng.choice(self.plain_scales) if len(self.plain_scales) > 1 else self.plain_scales[0]
+            return Frame(4 * CELL, 4 * CELL, scale)
+        _, heights, widths, scale = rng.choices(self.choices, [choice.weight for choice in self.choices])[0]
+        return Frame(rng.randint(*heights), rng.randint(*widths), scale)
+
+
+DEMO_FRAMING = Framing(
+    tuple(
+        FrameChoice(*row)
+        for row in (
+            (72, (64, 64), (64, 64), 1.0),
+            (6, (40, 64), (40, 64), 1.0),
+            (4, (64, 64), (128, 128), 1.0),
+            (3, (128, 128), (64, 64), 1.0),
+            (4, (64, 64), (64, 64), 2.0),
+            (1, (64, 64), (64, 64), 3.0),
+            (1, (48, 64), (96, 128), 1.5),
+            (2, (64, 64), (150, 192), 1.0),
+            (2, (150, 192), (64, 64), 1.0),
+            (1, (48, 64), (260, 320), 1.0),
+            (2, (128, 128), (128, 128), 1.0),
+            (1, (100, 128), (150, 192), 1.0),
+            (1, (150, 192), (150, 192), 1.0),
+        )
+    )
 )
-"""About one in eight pictures has three 64-pixel tiles or more; none has more than nine."""
+"""About one in eight pictures has three 64-pixel tiles or more; none has more than nine. Few can be compressed."""
 
 
-PLAIN_FRAME = Frame(4 * CELL, 4 * CELL, 1.0)
-"""One full tile, nothing redundant, no padding."""
+def _study_framing(sharp: float, double: float, triple: float) -> Framing:
+    """Pictures of which these shares have 1, 2 and 3 pixels per unit.
+
+    Every size but the smallest comes with more than one scale, so that a picture's size alone does not tell what it can lose.
+    """
+    choices = (
+        (0.70 * sharp, (64, 64), (64, 64), 1.0),
+        (0.08 * sharp, (64, 64), (128, 128), 1.0),
+        (0.07 * sharp, (128, 128), (64, 64), 1.0),
+        (0.15 * sharp, (128, 128), (128, 128), 1.0),
+        (0.80 * double, (64, 64), (64, 64), 2.0),
+        (0.10 * double, (64, 64), (96, 96), 2.0),
+        (0.10 * double, (96, 96), (64, 64), 2.0),
+        (0.70 * triple, (64, 64), (64, 64), 3.0),
+        (0.30 * triple, (43, 64), (64, 64), 3.0),
+    )
+    return Framing(tuple(FrameChoice(*row) for row in choices), plain_scales=(1.0,) * 8 + (2.0, 3.0))
 
 
-def choose_frame(rng: random.Random) -> Frame:
-    """A size between a fraction of a tile and nine tiles, with little or much redundancy."""
-    weights = [weight for weight, *_ in _FRAMES]
-    _, heights, widths, scale = rng.choices(_FRAMES, weights)[0]
-    return Frame(rng.randint(*heights), rng.randint(*widths), scale)
+STUDY_FRAMINGS: Mapping[str, Framing] = {
+    "documents": _study_framing(sharp=0.25, double=0.45, triple=0.30),
+    "scenes": _study_framing(sharp=0.45, double=0.35, triple=0.20),
+    "digits": _study_framing(sharp=0.60, double=0.30, triple=0.10),
+    "charts": _study_framing(sharp=0.85, double=0.10, triple=0.05),
+}
+"""The mixture in which the VRC is studied: pages are scanned with more pixels than their print needs, charts are drawn at the size
+of a screen. The shares are our choice, fixed before any training."""
+
+FRAMINGS: Mapping[str, Mapping[str, Framing]] = {
+    "demo": dict.fromkeys(STUDY_FRAMINGS, DEMO_FRAMING),
+    "study": STUDY_FRAMINGS,
+}
+"""By the name of a mixture of sizes, then by task."""
 
 
 @functools.cache

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from data_pipelines.records import PARAPHRASE_SEPARATOR, Record
 from data_pipelines.rendered import charts, digits, documents, scenes
-from data_pipelines.rendered.pictures import HELD_OUT, Question, choose_questions, item_random
+from data_pipelines.rendered.pictures import FRAMINGS, HELD_OUT, Question, choose_questions, item_random
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 
 TASKS = {"digits": digits, "documents": documents, "charts": charts, "scenes": scenes}
 """The four picture tasks and their generators."""
 
 
-def question_record(split: str, task: str, index: int) -> Record:
-    """The record of a task with a number.
+def question_record(split: str, task: str, index: int, sizes: str = "demo") -> Record:
+    """The record of a task with a number; `sizes` is a key of `pictures.FRAMINGS`.
 
     `metadata` tells of the last question: `answer` (the text of the last turn), `paraphrases` (other right answers, joined by
     `PARAPHRASE_SEPARATOR`), `kind`, `level`; and of the picture: `scale`, its pixels per unit of detail.
     """
     rng = item_random(split, task, index)
-    picture = TASKS[task].draw(rng, split)
+    picture = TASKS[task].draw(rng, split, framing=FRAMINGS[sizes][task])
     count = 1 if split == HELD_OUT else rng.randint(2, 4)
     questions = choose_questions(rng, picture.questions, count)
     metadata = {**_tags(questions[-1]), "scale": picture.scale}

@@ -11,14 +11,14 @@ from PIL import Image
 from data_pipelines.rendered.pictures import (
     CELL,
     COLOURS,
+    DEMO_FRAMING,
     PAPERS,
-    PLAIN_FRAME,
     Canvas,
     Colour,
     Frame,
+    Framing,
     Picture,
     Question,
-    choose_frame,
     encode_picture,
     listing,
     plural,
@@ -113,10 +113,10 @@ def _aligned(rng: random.Random, start: float, side: float, size: int) -> int:
     return CELL * rng.randint(min(math.ceil(start / CELL), last), last)
 
 
-def draw(rng: random.Random, split: str, plain: bool = False) -> Picture:
+def draw(rng: random.Random, split: str, plain: bool = False, framing: Framing = DEMO_FRAMING) -> Picture:
     """A scene with its questions, one or two things on one tile where `plain`; `split` matters to other generators."""
     del split
-    frame = PLAIN_FRAME if plain else choose_frame(rng)
+    frame = framing.choose(rng, plain)
     stage = _Stage(rng, frame)
     compose = rng.choices(
         (_single, _pair, _group, _corners, _crowd), (70, 20, 10, 0, 0) if plain else (40, 25, 20, 7, 8)

@@ -119,6 +119,13 @@ def text_length(turns: Sequence[Turn], tokenizer: Tokenizer) -> int:
     return sum(len(span.ids) for span in _render(turns, tokenizer))
 
 
+def turn_length(turn: Turn, tokenizer: Tokenizer, think_block: bool = False) -> int:
+    """Tokens of one turn as the template writes it; `text_length` is their sum. `think_block`: before an answer."""
+    assistant = turn.role == "assistant"
+    spans = _render_assistant(turn, tokenizer, think_block) if assistant else _render_given(turn, tokenizer)
+    return sum(len(span.ids) for span in spans)
+
+
 def count_image_slots(turns: Sequence[Turn]) -> int:
     """Image slots in the user turns."""
     return sum(turn.text.count(IMAGE_SLOT) for turn in turns if turn.role == "user")
@@ -140,14 +147,14 @@ def _render_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Iterator[_Span
         turns = [Turn("system", tokenizer.template.default_system), *turns]
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
-            final_answer = index == len(turns) - 1 and any(map(_is_query, turns))
+            final_answer = index == len(turns) - 1 and any(map(is_query, turns))
             yield from _render_assistant(turn, tokenizer, final_answer and tokenizer.template.think_block)
         else:
             yield from _render_given(turn, tokenizer)
 
 
-def _is_query(turn: Turn) -> bool:
-    """Qwen3 does not count a tool's answer, wrapped in a user turn, as a user's question."""
+def is_query(turn: Turn) -> bool:
+    """Whether a turn is a user's question. Qwen3 does not count a tool's answer, wrapped in a user turn, as one."""
     return turn.role == "user" and not (
         turn.text.startswith("<tool_response>") and turn.text.endswith("</tool_response>")
     )

@@ -91,7 +91,7 @@ def _packaged_ranks() -> dict[bytes, int]:
 
 
 def _byte_level_bpe(ranks: Mapping[bytes, int]) -> Tokenizer:
-    letters = _byte_letters()
+    letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [(names[left], names[right]) for left, right in _merges(ranks)]
     tokenizer = Tokenizer(models.BPE({names[token]: rank for token, rank in ranks.items()}, merges))
@@ -126,7 +126,7 @@ def _last_pair(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[byt
     return parts[0], parts[1]
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """Byte -> the printable character that stands for it in byte-level BPE (GPT-2): itself, or one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

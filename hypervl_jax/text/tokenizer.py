@@ -98,6 +98,11 @@ class _FileTokenizer(abc.ABC):
         self.template = template or ChatTemplate(think_block=self._has_think_tokens())
         self.fingerprint = _fingerprint(self.file_name, data, self.template)
 
+    @property
+    def file_bytes(self) -> bytes:
+        """The tokenizer's file."""
+        return self._data
+
     @abc.abstractmethod
     def _load(self, data: bytes) -> int:
         """Reads the file; returns the number of ids."""

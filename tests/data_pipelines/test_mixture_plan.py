@@ -1,5 +1,7 @@
 import dataclasses
+import random
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from data_pipelines import mixture_plan
 from data_pipelines.config import DataConfig, EpochLimit, ShareChange, SourceShare
 from data_pipelines.manifest import Manifest, ShardEntry
-from data_pipelines.mixture_plan import Exhausted, foretell, simulate_fill, simulated_samples, source_facts
+from data_pipelines.mixture_plan import Exhausted, fill_bounds, foretell, simulate_fill, simulated_samples, source_facts
 from data_pipelines.packing import Budget
 from data_pipelines.statistics import LengthCell, StatisticsCounter
 from hypervl_jax.architecture import TilingConfig
@@ -109,7 +111,50 @@ def test_simulated_samples_have_the_shares_and_lengths_of_the_sources() -> None:
 def test_fill_of_samples_that_fit_together_is_whole() -> None:
     halves = [facts("a", [([], 128)] * 10)]
     fill = simulate_fill(halves, (1.0,), BUDGET, window=8)
-    assert fill == mixture_plan.Fill(8, 1.0, 0.0, 2.0)
+    assert fill == mixture_plan.Fill(8, 1.0, 0.0, 2.0, 1.0, 0.0)
+
+
+def test_bounds_of_the_fills_follow_from_tiles_for_a_token() -> None:
+    # 26 tokens with a tile, 200 without: at even shares of the tokens a row of 256 asks 256 · (1/26) / 2 = 4.92 tiles.
+    known = [facts("a", [([(64, 64)], 10)] * 10), facts("b", [([], 200)] * 10)]
+    assert fill_bounds(known, (1.0, 1.0), Budget(256, 8)) == pytest.approx((1.0, 128 / 26 / 8))
+    assert fill_bounds(known, (1.0, 1.0), Budget(256, 4)) == pytest.approx((4 / (128 / 26), 1.0))
+    assert fill_bounds(known, (1.0, 0.0), Budget(256, 8)) == pytest.approx((8 / (256 / 26), 1.0))
+    assert fill_bounds(known[1:], (1.0,), Budget(256, 0)) == (1.0, 0.0)
+
+
+def long_tail(length: int, most_tiles: int) -> mixture_plan.SourceFacts:
+    """Nine captions of one or two tiles to one document of six to many, as sizes and texts that a source would hold."""
+    chance, counter = random.Random(length), StatisticsCounter(TilingConfig())
+    for _ in range(3000):
+        short = chance.random() < 0.9
+        tiles = chance.choice((1, 2)) if short else chance.randint(6, most_tiles)
+        # Pictures of a tile each: what counts are tiles and tokens of the record.
+        counter.add([(512, 512)] * tiles, chance.randint(30, 200) if short else chance.randint(200, 1000))
+    shards = (ShardEntry("shard-00000-of-00001.array_record", 3000, 1000, "", ""),)
+    manifest = Manifest("tail", "CC0-1.0", "", "", shards, 3000, 0, 0, {})
+    return source_facts("tail", manifest, counter.statistics(), Budget(length, length // 256), "drop")
+
+
+@pytest.mark.parametrize(("length", "most_tiles", "tiles"), [(4096, 12, (12, 13, 14)), (8192, 16, (24, 26, 28))])
+def test_rows_of_a_long_tail_are_as_full_as_the_mixture_allows(
+    length: int, most_tiles: int, tiles: tuple[int, ...], record_property: Callable[[str, object], None]
+) -> None:
+    tail = long_tail(length, most_tiles)
+    for budget in (Budget(length, count) for count in tiles):
+        fill = simulate_fill([tail], (1.0,), budget, window=64)
+        record_property(f"{length}/{budget.tiles}", fill)
+        assert fill.reaches(0.97), fill
+        assert max(fill.token_bound, fill.tile_bound) == 1
+        assert fill.token_fill <= 1.02 * fill.token_bound
+        assert fill.tile_fill <= 1.02 * fill.tile_bound
+
+
+def test_a_fill_below_its_bound_does_not_reach() -> None:
+    good = mixture_plan.Fill(24, 0.93, 0.98, 10.0, token_bound=0.95, tile_bound=1.0)
+    assert good.reaches(0.97)
+    assert not good._replace(token_fill=0.92).reaches(0.97)
+    assert not good._replace(tile_fill=0.96).reaches(0.97)
 
 
 def test_lengths_spread_evenly_around_the_mean_of_their_cell() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -57,6 +58,39 @@ def test_sources_hold_what_the_size_says(built: tuple[pathlib.Path, Report]) -> 
         manifest = verify_source(directory / split / source)
         assert (manifest.name, manifest.records, manifest.fingerprint) == (source, expected[split, source], fingerprint)
         assert manifest.licence
+
+
+GOLDEN = {
+    "captions": "e9c87fe37277b57e",
+    "digits": "552ab7f76273be87",
+    "documents": "91246c08b2453cdd",
+    "charts": "939af1c938c03693",
+    "scenes": "092eee9b2876f91f",
+    "text": "ce053f4aa8c10a2d",
+}
+"""Digests of the demo data's first records without their pictures, whose bytes depend on the versions of Pillow and its libraries."""
+
+
+@pytest.mark.parametrize("source", GOLDEN)
+def test_the_demo_data_does_not_change_without_its_version(source: str) -> None:
+    records = [draw_record(TRAIN, source, index) for index in range(12)]
+    sizes = [[image_size(image) for image in record.images] for record in records]
+    texts = [[turn.text for turn in record.turns] for record in records]
+    assert hashlib.sha256(json.dumps([sizes, texts]).encode()).hexdigest()[:16] == GOLDEN[source]
+
+
+def test_the_study_draws_the_same_tasks_at_three_resolutions_and_size_does_not_tell_which() -> None:
+    drawn = {task: [draw_record(HELD_OUT, task, index, "study") for index in range(60)] for task in TASKS}
+    scales = {task: [record.metadata["scale"] for record in records] for task, records in drawn.items()}
+    sharp = {task: values.count(1.0) / len(values) for task, values in scales.items()}
+    assert sharp["documents"] < sharp["scenes"] < sharp["charts"]
+    assert sharp["documents"] < sharp["digits"] < sharp["charts"]
+    assert {scale for values in scales.values() for scale in values} == {1.0, 2.0, 3.0}
+    by_size: dict[tuple[int, int], set[float]] = {}
+    for records in drawn.values():
+        for record in records:
+            by_size.setdefault(image_size(record.images[0]), set()).add(record.metadata["scale"])
+    assert by_size[128, 128] == {1.0, 2.0}
 
 
 def test_interrupted_build_is_done_again_with_the_same_bytes(

@@ -1,9 +1,11 @@
 import itertools
 import pathlib
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from corpora import SHAPE, TILING, WORDS, assert_batches_equal, config, mixed_records, sample, tokenizer, write
 
@@ -13,6 +15,7 @@ from data_pipelines.lane_state import MAX_LAG, MAX_PARTS, LaneState, SourceCount
 from data_pipelines.lanes import LaneLoader
 from data_pipelines.packing import Sample
 from data_pipelines.records import Record
+from data_pipelines.sources import DamagedShard
 from data_pipelines.streams import Lane, SourceExhausted
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 from hypervl_jax.training.batch import BatchShape
@@ -201,6 +204,41 @@ def test_every_exchange_of_a_split_record_is_trained_on_once(long_root: pathlib.
     whole = source.mixture.sources[0].cost(13, 1000, TILING)[0]
     assert whole > SHAPE.length
     assert all(s.tokens <= SHAPE.length for s in parts)
+
+
+def test_a_source_that_joins_later_moves_no_row_before(root: pathlib.Path) -> None:
+    """Named with share 0 from the start: until it joins, rows are those of a run that never heard of it."""
+    alone = planned(loader(config(root, {"pictures": 1.0, "text": 1.0})), 40)
+    joined = planned(
+        loader(config(root, {"pictures": 1.0, "text": 1.0, "rare": 0.0}, changes=(ShareChange(20, "rare", 1.0),))), 40
+    )
+    for before, after in zip(alone, joined, strict=True):
+        assert after[:20] == before[:20]
+        assert all(sample.source < 2 for row in after[:20] for sample in row)
+        assert any(sample.source == 2 for row in after[20:] for sample in row)
+
+
+def test_rows_with_parts_are_planned_without_opening_a_shard(long_root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    expected = planned(loader(config(long_root, {"long": 1.0})), 12)
+    shutil.copytree(long_root, tmp_path, dirs_exist_ok=True)
+    for shard in (tmp_path / "train" / "long").glob("*.array_record"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    closed = loader(config(tmp_path, {"long": 1.0}))
+    assert any(sample.part for lane in expected for row in lane for sample in row)
+    assert planned(closed, 12) == expected
+    with pytest.raises(DamagedShard):
+        next(closed.iterate(closed.initial_states()))
+
+
+def test_a_source_without_pieces_in_its_index_is_split_alike(long_root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As sources that were written before indexes told where a record may be cut."""
+    shutil.copytree(long_root, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "train" / "long").glob("*.index.arrow"):
+        table = pa.ipc.open_file(path.read_bytes()).read_all().drop_columns(["pieces"])
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    of_old, of_new = (loader(config(root, {"long": 1.0})) for root in (tmp_path, long_root))
+    assert planned(of_old, 12) == planned(of_new, 12)
 
 
 def test_a_sample_that_waits_is_one_word() -> None:

@@ -21,6 +21,7 @@ def changed(name, **values):
     [
         ({"batch__tiles": "40"}, "40 tiles of 16 tokens are 640 tokens: more than the row's 256"),
         ({"batch__tiles": "5"}, "batch.tiles 5 is below the 9 tiles one image may take"),
+        ({"batch__tiles": "0"}, "batch.tiles 0 is text alone"),
         ({"architecture__tiling__tile_size": "128"}, "vision_base.image_size 64 must equal tiling.tile_size 128"),
         ({"objective__accumulation": "3"}, "batch.rows 4 cannot be split into objective.accumulation 3"),
         ({"objective__accumulation": "4", "mesh__data": "4"}, "make rows a multiple of 16"),
@@ -90,6 +91,11 @@ def test_values_that_cannot_be_are_refused_by_their_name(path, value):
 def test_branches_that_are_not_trained_alone_may_be_frozen():
     config = changed("tiny", optimizer__frozen="vision_large,projector_large,decoder", consistency__alternation="base")
     assert config.optimizer.trainable_parts == ("vision_base", "projector_base")
+
+
+def test_the_decoder_alone_learns_from_text_alone():
+    config = changed("tiny", batch__tiles="0", optimizer__frozen="vision,projector", consistency__alternation="base")
+    assert config.optimizer.trainable_parts == ("decoder",)
 
 
 def test_the_horizon_is_the_least_that_holds_the_budget():

@@ -87,6 +87,8 @@ def test_figures_add_up(root: pathlib.Path, tmp_path: pathlib.Path, capsys: pyte
     length = tiny.experiment().batch.length
     tokens = sum(figure["samples"] * figure["mean_tokens"] for figure in figures)
     assert summary["token_fill"] == pytest.approx(tokens / (40 * length))
+    assert max(summary["token_bound"], summary["tile_bound"]) == 1
+    assert summary["token_fill"] / summary["tile_fill"] == pytest.approx(summary["token_bound"] / summary["tile_bound"])
 
 
 def decoded(

@@ -70,10 +70,11 @@ def test_the_recommended_tile_budget_fills_real_rows(
     token_fill, tile_fill = (
         np.mean([sum(getattr(s, name) for s in row) for row in rows]) for name in ("tokens", "tiles")
     )
-    fill = max(token_fill / shape.length, tile_fill / shape.tiles)
-    assert fill >= ENOUGH_FILL
     foretold = next(entry for entry in plan["tile_budgets"] if entry["tiles"] == shape.tiles)
-    assert fill == pytest.approx(max(foretold["token_fill"], foretold["tile_fill"]), abs=0.015)
+    for fill, kind in ((token_fill / shape.length, "token"), (tile_fill / shape.tiles, "tile")):
+        assert fill >= ENOUGH_FILL * foretold[f"{kind}_bound"]
+        assert fill == pytest.approx(foretold[f"{kind}_fill"], abs=0.015)
+    assert max(foretold["token_bound"], foretold["tile_bound"]) == 1
 
 
 def test_tables_say_what_gives_out(embedded: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,8 +191,8 @@ class Monitor:
         self.metrics.write(step, line)
         self.line.update(step + 1, tokens_seen, line)
 
-    def write_performance(self, epochs: Mapping[str, float]) -> None:
-        """Writes the line of the steps recorded since the last one, if there are any. `epochs`: passes over each source."""
+    def write_performance(self, sources: Mapping[str, float]) -> None:
+        """Writes the line of the steps recorded since the last one, if there are any, with figures of the sources."""
         window, self._window = self._window, Window()
         if not window.arms:
             return
@@ -202,7 +202,7 @@ class Monitor:
             line["mfu"] = mfu
             self.line.mfu = mfu
         line |= memory_in_use(jax.local_devices()) | self.goodput.metrics()
-        line |= {f"epochs/{source}": value for source, value in epochs.items()}
+        line |= sources
         self.performance.write(window.last_step, line)
         self.goodput.write()
 

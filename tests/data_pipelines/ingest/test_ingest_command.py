@@ -153,6 +153,38 @@ def test_manifest_adds_up_and_the_loader_reads_it(place: pathlib.Path, reference
     assert manifest.statistics.pixels == 64 * 64 * manifest.records
 
 
+def test_what_an_earlier_source_holds_is_left_out(place: pathlib.Path, reference: dict[str, bytes]) -> None:
+    """The same pictures once more with twelve new ones, of which one is damaged and one repeats another."""
+    write_webdataset(place / "more", SAMPLES + 12, 60)
+    (place / "earlier.yaml").write_text(f"failure_limit: 0.2\nmin_side: 8\nearlier: [{place}/one/train/notes]\n")
+    output = place / "one" / "train" / "more"
+    changed = {"--source": f"webdataset:{place}/more/*.tar", "--config": str(place / "earlier.yaml")}
+    command = arguments(place, output, *(text for pair in changed.items() for text in pair))
+    status, _, errors = ingest(command)
+    assert status == 0, errors
+    manifest, before = read_manifest(output), read_manifest(place / "one" / "train" / "notes")
+    source = Source(output, tokenizer().fingerprint)
+    keys = sorted(int(source.record(number).metadata["key"].rpartition("/")[2]) for number in range(len(source)))
+    assert keys == [*range(96, 99), *range(100, 107)]
+    assert manifest.drops == {
+        "undecodable:unknown_format": 9,
+        "duplicate:exact": before.records + before.drops["duplicate:exact"] + 1,
+        "duplicate:image": 3,
+    }
+
+
+@pytest.mark.slow
+def test_a_source_of_which_nothing_is_new_is_refused(
+    place: pathlib.Path, reference: dict[str, bytes], tmp_path: pathlib.Path
+) -> None:
+    filters = tmp_path / "earlier.yaml"
+    filters.write_text(f"failure_limit: 0.2\nmin_side: 8\nearlier: [{place}/one/train/notes]\n")
+    status, _, errors = ingest(arguments(place, tmp_path / "again", "--config", str(filters)))
+    assert status == 1
+    assert "all 96 samples are left out" in errors
+    assert not (tmp_path / "again" / MANIFEST).exists()
+
+
 def test_complete_output_and_other_settings_are_refused(place: pathlib.Path, reference: dict[str, bytes]) -> None:
     status, _, errors = ingest(arguments(place, place / "one" / "train" / "notes"))
     assert (status, "already holds a complete source" in errors) == (1, True)

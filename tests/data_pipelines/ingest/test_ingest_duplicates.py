@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the extras are asked for before what imports them)
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -19,7 +20,15 @@ imagehash = pytest.importorskip("imagehash")
 from apache_beam.testing.util import assert_that, equal_to
 
 from data_pipelines.ingest.config import IngestConfig
-from data_pipelines.ingest.deduplication import COMPONENT_ROUNDS, DropExactDuplicates, NearDuplicates, PassLabels, rank
+from data_pipelines.ingest.deduplication import (
+    COMPONENT_ROUNDS,
+    DropExactDuplicates,
+    NearDuplicates,
+    PassLabels,
+    _signed_keys,
+    _similar_pairs,
+    rank,
+)
 from data_pipelines.ingest.signatures import (
     band_shape,
     hamming,
@@ -58,12 +67,25 @@ def row(
         text_length=len(words),
         task="",
         content_hash=name * 32,
+        pieces=(),
         licence="",
         language="en",
         image_hashes=images,
         text_fingerprint=text_fingerprint(words),
         text_signature=b"" if images else text_signature(words, 128),
     )
+
+
+def check_pairs(rows: list[StagedRow], names: str, **settings: object) -> None:
+    """As `check_dropped`, but groups and joins here: what is a pair depends on the keys and the comparison alone."""
+    config, groups = dataclasses.replace(IngestConfig(), **settings), collections.defaultdict(list)
+    for key, member in itertools.chain.from_iterable(_signed_keys(item, config) for item in rows):
+        groups[key].append(member)
+    links = {pair for group in groups.items() for pair in _similar_pairs(group, config)}
+    smallest = {rank(item): rank(item) for item in rows}
+    for _, (larger, smaller) in itertools.product(rows, links):
+        smallest[larger] = smallest[smaller] = min(smallest[larger], smallest[smaller])
+    assert sorted(name[-1] for name, first in smallest.items() if name != first) == sorted(names)
 
 
 def check_dropped(rows: list[StagedRow], names: str, **settings: object) -> None:
@@ -145,6 +167,12 @@ def test_larger_picture_then_longer_text_then_smaller_hash_stays() -> None:
     check_dropped([other, small, long, large], "abc", same_image="drop")
 
 
+def test_what_an_earlier_source_holds_stays_there() -> None:
+    large, held = row("b", (5,), side=128), row("a", (5,))._replace(length=0)
+    assert sorted([large, held], key=rank) == [held, large]
+    check_pairs([large, held], "b", same_image="drop")
+
+
 def test_rules_for_the_same_picture() -> None:
     rows = [
         row("a", (0b111,), "What is it?"),
@@ -152,16 +180,16 @@ def test_rules_for_the_same_picture() -> None:
         row("c", (0,), "Why?"),
         row("d", (0b1111,), "What is it?"),
     ]
-    check_dropped(rows, "bd", same_image="same_text", image_distance=3)  # b is near a and d
-    check_dropped(rows, "d", same_image="same_text", image_distance=2)
-    check_dropped(rows, "bcd", same_image="drop", image_distance=3)
-    check_dropped(rows, "", same_image="keep")
-    check_dropped(rows, "", same_image="drop", image_distance=-1)
+    check_pairs(rows, "bd", same_image="same_text", image_distance=3)  # b is near a and d
+    check_pairs(rows, "d", same_image="same_text", image_distance=2)
+    check_pairs(rows, "bcd", same_image="drop", image_distance=3)
+    check_pairs(rows, "", same_image="keep")
+    check_pairs(rows, "", same_image="drop", image_distance=-1)
 
 
 def test_all_pictures_of_a_record_must_be_near() -> None:
     rows = [row("a", (0, 2**40 - 1), "x"), row("b", (1, 2**40 - 1), "x"), row("c", (0, 0), "x"), row("d", (0,), "x")]
-    check_dropped(rows, "b")
+    check_pairs(rows, "b")
 
 
 def test_near_texts_are_found_and_others_are_not() -> None:
@@ -170,7 +198,8 @@ def test_near_texts_are_found_and_others_are_not() -> None:
     far = [*base[:30], *text(8, 90).split()]
     rows = [row(name, words=" ".join(words)) for name, words in (("a", base), ("b", near), ("c", far))]
     check_dropped(rows, "b")
-    check_dropped(rows, "", text_similarity=0.0)
+    check_pairs(rows, "b")
+    check_pairs(rows, "", text_similarity=0.0)
 
 
 def test_chain_of_duplicates_is_one_component() -> None:

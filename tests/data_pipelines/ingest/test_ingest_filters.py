@@ -39,7 +39,7 @@ def stage(
     compile_lists(config).save(exclusions_path(directory))
     staging.write_tokenizer(directory, corpora.tokenizer())
     units = ("0",) if source else (str(tmp_path / "unit.jsonl"),)
-    reading = Reading(directory, source or f"jsonl:{tmp_path}", {}, units, SourceTags("s"), config)
+    reading = Reading(directory, source or f"jsonl:{tmp_path}", {}, units, (), SourceTags("s"), config)
     report = UnitStager(reading).stage(0)
     rows_kept = staging.read_rows(directory, 0)
     assert report == staging.read_unit(directory, 0)

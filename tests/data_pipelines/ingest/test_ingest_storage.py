@@ -65,3 +65,17 @@ def test_failed_write_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: p
         storage.write_bytes(path, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_a_long_range_is_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    for number in (3, 7):
+        store.pipe_file(f"/range/part-{number:05d}.tar", b"x")
+    calls = []
+    asked = type(store).ls
+    monkeypatch.setattr(
+        type(store), "ls", lambda self, *path, **options: calls.append(path) or asked(self, *path, **options)
+    )
+    found = storage.expand("memory://range/part-{00000..20000}.tar")
+    assert [path.rpartition("/")[2] for path in found] == ["part-00003.tar", "part-00007.tar"]
+    assert len(calls) < 5

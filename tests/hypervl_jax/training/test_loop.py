@@ -81,7 +81,7 @@ def make_trainer(
         pretrained=pretrained,
         devices=jax.devices()[:1],
         monitoring=monitoring,
-        epochs=lambda loader, lane_states: {"source0": float(lane_states[0, 0]) / 10},
+        source_figures=lambda loader, lane_states: {"epochs/source0": float(lane_states[0, 0]) / 10},
     )
 
 
