@@ -48,7 +48,8 @@ from hypervl_jax.training.checkpoint import checkpoint_home, read_description
 from hypervl_jax.training.telemetry.records import write_json
 from hypervl_jax.vision.anyres import alpha_to_milli
 from tools.evaluate import EXPLAINED, read_items
-from tools.label_resolutions import LabelError, training_shape
+from tools.label_files import LabelError
+from tools.label_models import training_shape
 
 RESULTS, SUMMARY, PAGE = "answers.jsonl", "comparison.json", "comparison.html"
 USAGE_ERROR, RUN_ERROR, SUCCESS = 2, 1, 0

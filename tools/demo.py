@@ -62,6 +62,7 @@ class Step:
         output: what it makes: a file or a directory, removed when it is out of date.
         product: the path in it that exists once the step is complete.
         code: patterns of project files that define what the step makes.
+        inputs: names of the steps whose outcome it uses; the one before it where None.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Step:
     output: pathlib.Path
     product: pathlib.Path
     code: tuple[str, ...]
+    inputs: tuple[str, ...] | None = None
 
 
 Plan = Callable[[pathlib.Path], Sequence[Step]]
@@ -81,7 +83,7 @@ def steps(workdir: pathlib.Path) -> list[Step]:
     at = lambda *parts: str(workdir.joinpath(*parts))
     data, model, compressor = at("data"), at("stage3"), at("compressor")
     checkpoints = at("stage3", "checkpoints")
-    compression = ("hypervl_jax/training/compression.py", "hypervl_jax/models/compressor*.py")
+    compression = ("hypervl_jax/training/compress*.py", "hypervl_jax/models/compressor*.py")
     return [
         Step(
             "data",
@@ -103,7 +105,7 @@ def steps(workdir: pathlib.Path) -> list[Step]:
             ),
             workdir / "labels",
             workdir / "labels" / "labels.json",
-            ("tools/label_resolutions.py", *compression),
+            ("tools/label_*.py", *compression),
         ),
         Step(
             "compressor",
@@ -188,13 +190,14 @@ def write_record(workdir: pathlib.Path, record: Record) -> None:
 
 
 def step_keys(plan: Plan) -> dict[str, str]:
-    """A key for each step: of its command, of the code that defines it, and of the step before it.
+    """A key for each step: of its command, of the code that defines it, and of the steps whose outcome it uses.
 
     However the workdir is written, and wherever it is moved, the keys are the same.
     """
     keys, previous = {}, ""
     for step in plan(pathlib.Path("WORKDIR")):
-        digest = hashlib.sha256("\0".join((previous, *step.command)).encode())
+        used = (previous,) if step.inputs is None else tuple(keys[name] for name in step.inputs)
+        digest = hashlib.sha256("\0".join((*used, *step.command)).encode())
         for path in sorted(path for pattern in step.code for path in HOME.glob(pattern)):
             digest.update(what_runs(path.read_text("utf-8")).encode())
         keys[step.name] = previous = digest.hexdigest()

@@ -38,12 +38,12 @@ from hypervl_jax.architecture import (
     vision_part,
 )
 from hypervl_jax.inference.assistant import (
-    compress,
     encode,
     inference_dtypes,
     inference_runtime,
     load_assistant,
 )
+from hypervl_jax.inference.compression import compress
 from hypervl_jax.inference.generate import (
     LENGTH_BUCKET,
     NEW_TOKENS_BUCKET,

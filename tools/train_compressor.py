@@ -30,35 +30,45 @@ from data_pipelines.sources import DamagedShard, Source
 from experiments import storage
 from hypervl_jax.architecture import CompressorConfig
 from hypervl_jax.models.compressor_io import check_unused, predict_log_areas, save_compressor
+from hypervl_jax.models.mobilenet_weights import BACKBONES, load_mobilenet, mobilenet_config
 from hypervl_jax.training.checkpoint import checkpoint_home, read_description
 from hypervl_jax.training.compression import (
     DEFAULT_FLOOR,
-    LOSSES,
     CompressorMetrics,
-    CompressorTrainConfig,
-    Lesson,
     ResolutionLabel,
     compressor_metrics,
     compressor_targets,
+    is_blind_guess,
     longest_sides,
     loss_curves,
     relative_increase,
+)
+from hypervl_jax.training.compressor_training import (
+    LOSSES,
+    CompressorTrainConfig,
+    Lesson,
     train_compressor,
 )
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 from hypervl_jax.vision.resolution import alpha_from_prediction, make_proxies, make_proxy
-from tools.label_resolutions import (
-    DEFAULT_EPSILON,
-    EXPLAINED,
-    USAGE_ERROR,
-    LabelError,
-    ReportProgress,
-    checkpoint_tokenizer,
-    progress_line,
-    read_labels,
-)
+from tools.label_files import LabelError, read_labels
+from tools.label_models import checkpoint_tokenizer
+from tools.label_resolutions import DEFAULT_EPSILON, EXPLAINED, USAGE_ERROR, ReportProgress, progress_line
 
 _RECORDS_AT_ONCE = 256
+
+
+class Backbone(NamedTuple):
+    """A backbone by name and width, that of the checkpoint's configuration without a name; `pretrained` is timm's file of it."""
+
+    name: str = ""
+    width: float = 1.0
+    pretrained: str = ""
+
+    def config(self, configured: CompressorConfig) -> CompressorConfig:
+        """The compressor's architecture with this backbone. Raises `ConfigError`."""
+        chosen = mobilenet_config(configured, self.name, self.width) if self.name else configured
+        return dataclasses.replace(chosen, norm="affine") if self.pretrained else chosen
 
 
 class TrainReport(NamedTuple):
@@ -83,6 +93,9 @@ def train(
     epsilon: float = DEFAULT_EPSILON,
     floor: float = DEFAULT_FLOOR,
     settings: CompressorTrainConfig | None = None,
+    left_out: Sequence[str] = (),
+    drop_blind: bool = False,
+    backbone: Backbone | None = None,
     alphas_output: str | os.PathLike[str] | None = None,
     progress: ReportProgress = lambda what, done, total: None,
 ) -> TrainReport:
@@ -96,6 +109,9 @@ def train(
         epsilon: of α*.
         floor: of Δ.
         settings: of the training.
+        backbone: of the compressor, and where its first weights come from.
+        drop_blind: leaves out labels whose answer costs within ε without seeing the image, training and validation alike.
+        left_out: tasks whose labels are not used, to see what the compressor makes of content that it never saw.
         alphas_output: file of the side table, with a row for every record of the labelled sources that has an image.
         progress: told what is being done, and how much of it is.
 
@@ -107,12 +123,18 @@ def train(
     check_unused(output)
     checkpoint = checkpoint_home(checkpoint)
     settings = settings or CompressorTrainConfig()
-    description, (found, question) = read_description(checkpoint), read_labels(labels)
-    config, tiling = description.architecture.compressor, description.architecture.tiling
+    description, (every, question) = read_description(checkpoint), read_labels(labels)
+    seen = [each for each in every if each.task not in left_out]
+    found = [each for each in seen if not (drop_blind and is_blind_guess(each, epsilon, floor))]
+    if unknown := set(left_out) - {each.task for each in every}:
+        raise LabelError(f"{labels} has no label of task {', '.join(sorted(unknown))}, so it cannot be left out")
+    backbone, tiling = backbone or Backbone(), description.architecture.tiling
+    config = backbone.config(description.architecture.compressor)
+    first = load_mobilenet(backbone.pretrained, config) if backbone.pretrained else {}
     fingerprint = checkpoint_tokenizer(checkpoint, description).fingerprint
     sources = [Source(pathlib.Path(data) / question["split"] / name, fingerprint) for name in question["sources"]]
     lesson = make_lesson(found, sources, epsilon, floor, config.proxy_size, progress)
-    trained = train_compressor(config, lesson, settings, functools.partial(progress, "training"))
+    trained = train_compressor(config, lesson, settings, functools.partial(progress, "training"), first)
     chosen = np.flatnonzero(trained.validation)
     outputs = predict_log_areas(config, trained.params, lesson.proxies[chosen])
     alphas = alpha_from_prediction(outputs, lesson.longest_sides[chosen], config.proxy_size)
@@ -120,6 +142,9 @@ def train(
     details = {
         "epsilon": epsilon,
         "floor": floor,
+        "left_out": list(left_out),
+        "blind_dropped": len(seen) - len(found),
+        "backbone": backbone._asdict(),
         "settings": dataclasses.asdict(settings),
         "labels": {key: value for key, value in question.items() if key != "files"},
         "validation": _as_json(metrics),
@@ -259,6 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 epsilon=options.epsilon,
                 floor=options.floor,
                 settings=settings,
+                backbone=Backbone(options.backbone or "", options.width, options.pretrained or ""),
+                drop_blind=options.drop_blind,
+                left_out=[name for name in options.leave_out.split(",") if name],
                 alphas_output=options.alphas_output,
                 progress=progress,
             )
@@ -287,7 +315,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--alphas-output", metavar="FILE", help="also write α of every record of the labelled sources (Arrow IPC)")
     add("--epsilon", type=float, default=DEFAULT_EPSILON, help=f"of α* (default: {DEFAULT_EPSILON})")
     add("--floor", type=float, default=DEFAULT_FLOOR, help=f"of the relative increase (default: {DEFAULT_FLOOR})")
-    add("--loss", choices=tuple(LOSSES), default=default.loss, help=f"(default: {default.loss})")
+    add(
+        "--backbone",
+        choices=tuple(BACKBONES),
+        help="MobileNetV3 of this size (default: the checkpoint's configuration)",
+    )
+    add("--width", type=float, default=1.0, metavar="FACTOR", help="of the backbone's channels (default: 1)")
+    add(
+        "--pretrained",
+        metavar="FILE",
+        help="timm's model.safetensors of that backbone; its norms become fixed affine maps",
+    )
+    add("--leave-out", default="", metavar="A,B", help="tasks whose labels are not used (default: none)")
+    add("--drop-blind", action="store_true", help="leave out labels whose answer can be guessed without the image")
+    add("--loss", choices=LOSSES, default=default.loss, help=f"(default: {default.loss})")
     for name, what in _NUMBERS.items():
         value = getattr(default, name)
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{what} (default: {value})")

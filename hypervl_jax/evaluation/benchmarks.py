@@ -23,6 +23,7 @@ from hypervl_jax.text.conversation import Turn
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.vision.anyres import plan_image
 from hypervl_jax.vision.decoding import image_size
+from hypervl_jax.vision.resolution import MAX_ALPHA
 
 FORMAT_VERSION = 1
 IMAGE, BLANK, UNTRAINED = "image", "blank", "untrained"
@@ -270,6 +271,7 @@ def evaluate(
     results: ResultsFile,
     progress: Callable[[int], None] = lambda items: None,
     rows: int = BATCH_ROWS,
+    alphas: Mapping[str, float] | None = None,
 ) -> TaskResult:
     """Answers the items of a task that `results` does not hold yet, and scores them.
 
@@ -280,6 +282,7 @@ def evaluate(
         results: gets each batch as soon as it is answered.
         progress: called with the number of items that are through.
         rows: items answered at once; they are taken by size, so that a batch holds little padding.
+        alphas: of each item's images by identity, where they differ from item to item; the measurement's `alpha` then names them.
 
     Raises:
         As `Assistant.answer`.
@@ -287,14 +290,19 @@ def evaluate(
     missing = [item for item in task.items if results.find(item, measurement) is None]
     progress(len(task.items) - len(missing))
     ordered = sorted(missing, key=lambda item: _visual_tokens(item, assistant.config.tiling))
-    options = measurement.options(task.max_new_tokens)
+    options = (measurement if alphas is None else measurement._replace(alpha=MAX_ALPHA)).options(task.max_new_tokens)
     for batch in equal_batches(ordered, rows):
-        answers = assistant.answer([Request(item.turns, item.images) for item in batch], options, rows=rows)
+        answers = assistant.answer([_request(item, alphas) for item in batch], options, rows=rows)
         pairs = zip(batch, answers, strict=True)
         results.append(_item_result(item, answer, task.metric, measurement) for item, answer in pairs)
         progress(len(batch))
     found = (results.find(item, measurement) for item in task.items)
     return TaskResult(task.name, measurement, tuple(result for result in found if result is not None))
+
+
+def _request(item: Item, alphas: Mapping[str, float] | None) -> Request:
+    given = () if alphas is None else (alphas[item.identity],) * len(item.images)
+    return Request(item.turns, item.images, given)
 
 
 def equal_batches(items: Sequence[Item], rows: int) -> list[Sequence[Item]]:

@@ -30,6 +30,7 @@ from hypervl_jax.architecture import (
     require,
     vision_part,
 )
+from hypervl_jax.inference.compression import AlphaPredictor, Rgb, pad_rows
 from hypervl_jax.inference.generate import (
     GREEDY,
     LENGTH_BUCKET,
@@ -53,7 +54,6 @@ from hypervl_jax.inference.latency import (
     DeviceProfile,
     choose,
 )
-from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.compressor_io import load_compressor
 from hypervl_jax.models.hypervl import HyperVL
 from hypervl_jax.models.qwen3 import Decoder
@@ -64,7 +64,7 @@ from hypervl_jax.training.checkpoint import CheckpointError, load_params, read_d
 from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.vision.anyres import PADDING_BYTE, ImagePlan, plan_image, prompt_tokens, tile_image
 from hypervl_jax.vision.decoding import UndecodableImage, decode_image
-from hypervl_jax.vision.resolution import MAX_ALPHA, MIN_ALPHA, alpha_from_prediction, make_proxies
+from hypervl_jax.vision.resolution import MAX_ALPHA, MIN_ALPHA
 
 AUTO = "auto"
 ENCODERS = (*BRANCHES, AUTO)
@@ -78,15 +78,23 @@ _REHEARSED_TOKENS = 3
 CAST_PARAMETERS = frozenset({"kernel", "embedding", "head", "position_embedding"})
 """Parameters that every layer casts to the compute dtype before use; the others are read in float32."""
 
-Rgb = UInt8[np.ndarray, "h w 3"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A conversation to answer and its images, encoded (`vision.decoding.FORMATS`) or as RGB, one for each image slot."""
+    """A conversation to answer and its images, encoded (`vision.decoding.FORMATS`) or as RGB, one for each image slot.
+
+    `alphas` are those of its images where they differ from what the options ask for.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[bytes | Rgb, ...] = ()
+    alphas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.alphas) in (0, len(self.images)),
+            f"{len(self.alphas)} α of a request for its {len(self.images)} images: give one each, or none",
+        )
 
 
 def ask(prompt: str, *images: bytes | Rgb) -> Request:
@@ -119,6 +127,8 @@ class Options:
         max_new_tokens: most tokens of an answer; what a budget counts with.
         blank: replaces the pixels, not the sizes, by mid-grey after α is chosen: what the model answers without seeing.
         budget: needed for the encoder "auto".
+        unsure: α "auto" is 1 where the VRC judges a picture's views differently by more than this (`compression.VIEWS`), in the log of
+            the area; never where None.
     """
 
     encoder: str = "base"
@@ -127,6 +137,7 @@ class Options:
     max_new_tokens: int = 128
     blank: bool = False
     budget: LatencyBudget | None = None
+    unsure: float | None = None
 
     def __post_init__(self) -> None:
         require(self.encoder in ENCODERS, f"encoder {self.encoder!r} is not one of {', '.join(ENCODERS)}")
@@ -189,11 +200,6 @@ def encode(
     return model.apply({"params": params}, tiles[None], branch, method="encode_tiles")[0]
 
 
-def compress(params: dict[str, Any], proxies: UInt8[Array, "b s s 3"], *, compressor: Compressor) -> Float[Array, "b"]:
-    """The VRC's outputs for a batch of proxies."""
-    return compressor.apply({"params": params}, proxies)
-
-
 class Assistant:
     """A model with its tokenizer, ready to answer.
 
@@ -219,7 +225,7 @@ class Assistant:
         self.tokenizer = tokenizer
         self.compressor_params = compressor_params
         self._model = HyperVL(config, runtime)
-        self._compressor = Compressor(config.compressor, runtime.dtype)
+        self._predictor = AlphaPredictor(config.compressor, runtime.dtype, compressor_params or {})
         self._rehearsed: set[Hashable] = set()
         stop_ids = (tokenizer.end_of_turn, tokenizer.end_of_text)
         self._generator = Generator(Decoder(config.decoder, runtime), params[DECODER], stop_ids, PROGRAMS)
@@ -322,7 +328,7 @@ class Assistant:
             images = [_decode_images(request.images) for request in requests]
         wanted = self._wanted_alphas(images, options, watch)
         return [
-            self._prepare_one(request, rgbs, alphas, options, watch)
+            self._prepare_one(request, rgbs, request.alphas or alphas, options, watch)
             for request, rgbs, alphas in zip(requests, images, wanted, strict=True)
         ]
 
@@ -334,17 +340,8 @@ class Assistant:
             alpha = MAX_ALPHA if options.alpha == AUTO else float(options.alpha)
             return [(alpha,) * len(rgbs) for rgbs in images]
         with watch.step(COMPRESSOR_STEP):
-            predicted = iter(self._predict_alphas([rgb for rgbs in images for rgb in rgbs]))
+            predicted = iter(self._predictor.predict([rgb for rgbs in images for rgb in rgbs], options.unsure))
         return [tuple(next(predicted) for _ in rgbs) for rgbs in images]
-
-    def _predict_alphas(self, images: list[Rgb]) -> list[float]:
-        if not images:
-            return []
-        proxy_size = self.config.compressor.proxy_size
-        proxies, sides = make_proxies(images, proxy_size)
-        padded = _pad_rows(proxies, bucket(len(images)))
-        outputs = PROGRAMS.run(compress, self.compressor_params, padded, compressor=self._compressor)
-        return alpha_from_prediction(np.asarray(outputs)[: len(images)], sides, proxy_size).tolist()
 
     def _prepare_one(
         self, request: Request, images: list[Rgb], wanted: tuple[float, ...], options: Options, watch: Stopwatch
@@ -413,7 +410,7 @@ class Assistant:
         if len(tiles) == 0:
             return jnp.zeros((0, self.config.decoder.hidden_size), self.runtime.dtype)
         params = {part(branch): self.params[part(branch)] for part in (vision_part, projector_part)}
-        return PROGRAMS.run(encode, params, _pad_rows(tiles, bucket(len(tiles))), model=self._model, branch=branch)
+        return PROGRAMS.run(encode, params, pad_rows(tiles, bucket(len(tiles))), model=self._model, branch=branch)
 
 
 def _answer(
@@ -432,11 +429,6 @@ def _decode_images(images: Sequence[bytes | Rgb]) -> list[Rgb]:
             detail = f": {error.detail}" if error.detail else ""
             raise UndecodableImage(error.reason, f"image {number} of the request{detail}") from error
     return decoded
-
-
-def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """`array` with rows of zeros up to `rows`."""
-    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
 def inference_runtime(tile_chunk: int = 1) -> RuntimeConfig:

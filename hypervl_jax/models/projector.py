@@ -44,7 +44,8 @@ class Projector(nn.Module):
         """Visual tokens of each tile in the decoder's width, in row-major order."""
         dtype, width = self.runtime.dtype, self.decoder.hidden_size
         inner = self.vision.hidden_size * self.shuffle**2
-        x = pixel_shuffle(features, self.shuffle)
+        # libtpu 0.0.52 aborts where it fuses the tower's final norm with the shuffle ("split of a padded window dim").
+        x = pixel_shuffle(jax.lax.optimization_barrier(features), self.shuffle)
         if self.config.layer_norm:
             x = LayerNorm(self.config.layer_norm_eps, dtype, name="norm")(x)
         init = nn.initializers.lecun_normal()

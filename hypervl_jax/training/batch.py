@@ -48,15 +48,16 @@ class BatchShape:
         )
 
     def validate_with(self, tiling: TilingConfig) -> None:
-        """Raises `ConfigError` unless tiles fit the tokens of a row and one image fits the tiles."""
+        """Raises `ConfigError` unless tiles fit the tokens of a row and one image fits the tiles, or there are none: text alone."""
         visual = self.tiles * tiling.tokens_per_tile
         require(
             visual <= self.length,
             f"{self.tiles} tiles of {tiling.tokens_per_tile} tokens are {visual} tokens: more than the row's {self.length}; lower batch.tiles or raise batch.length",
         )
         require(
-            self.tiles >= tiling.tile_limit,
-            f"batch.tiles {self.tiles} is below the {tiling.tile_limit} tiles one image may take (tiling.max_tiles); such an image would never fit a row",
+            self.tiles == 0 or self.tiles >= tiling.tile_limit,
+            f"batch.tiles {self.tiles} is below the {tiling.tile_limit} tiles one image may take (tiling.max_tiles); such an image would never fit "
+            "a row; 0 is for text alone",
         )
 
     def array_shapes(self, tile_size: int) -> Batch:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from data_pipelines.records import Record, content_hash
+from data_pipelines.records import PARAPHRASE_SEPARATOR, Record, content_hash
 from data_pipelines.sources import Source, read_alphas
 from hypervl_jax.architecture import CompressorConfig, HyperVLConfig
 from hypervl_jax.models.compressor_io import abstract_compressor, load_compressor, predict_log_areas, save_compressor
@@ -20,7 +20,8 @@ from hypervl_jax.models.safetensors_files import CheckpointError
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn, encode_conversation
 from hypervl_jax.training.batch import BatchShape, empty_batch
 from hypervl_jax.training.checkpoint import CheckpointConfig, Checkpoints, Description, write_description
-from hypervl_jax.training.compression import RATIOS, CompressorTrainConfig
+from hypervl_jax.training.compression import RATIOS, summarise_labels
+from hypervl_jax.training.compressor_training import CompressorTrainConfig
 from hypervl_jax.training.optimizer import OptimizerConfig
 from hypervl_jax.training.state import abstract_parameters, fresh_state
 from hypervl_jax.vision.anyres import plan_image, tile_image
@@ -28,8 +29,9 @@ from hypervl_jax.vision.decoding import decode_image
 from hypervl_jax.vision.resolution import alpha_from_prediction, make_proxies
 from tests.data_pipelines import corpora
 from tests.small import RUNTIME, small_architecture
-from tools import label_resolutions, train_compressor
-from tools.label_resolutions import LabelError, label, read_labels
+from tools import label_models, label_resolutions, predict_alphas, train_compressor
+from tools.label_files import LabelError, read_file, read_labels
+from tools.label_resolutions import Shard, label
 
 SHAPE = BatchShape(rows=8, length=160, tiles=12)
 COMPRESSOR = CompressorConfig(
@@ -129,8 +131,8 @@ def test_labels_keep_the_order_and_leave_out_what_cannot_be_labelled(labelled):
     assert [found.source for found in run.labels] == ["one"] * 10 + ["two"] * 4
     assert run.left_out == {"one": 1, "two": 0}
     assert sorted(path.name for path in directory.iterdir()) == [
-        "labels.json", "one-00000.arrow", "one-00001.arrow", "one-00002.arrow",
-        "question.json", "two-00000.arrow",
+        "labels.json", "one-00000.array_record", "one-00001.array_record", "one-00002.array_record",
+        "question.json", "two-00000.array_record",
     ]  # fmt: skip
     again, question = read_labels(directory)
     assert [dataclasses.replace(found, losses=(), blind_loss=0) for found in again] == [
@@ -145,13 +147,47 @@ def test_a_killed_run_goes_on_with_the_missing_file(labelled, checkpoint, data, 
     directory, _ = labelled
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     (directory / "labels.json").unlink()
-    (directory / "one-00001.arrow").unlink()
-    (directory / "one-00001.arrow.tmp").write_bytes(b"half")
+    (directory / "one-00001.array_record").unlink()
+    (directory / "one-00001.array_record.tmp").write_bytes(b"half")
     with pytest.raises(LabelError, match="to its end"):
         read_labels(directory)
     run = label(checkpoint, data, directory, sources=["one", "two"])
     assert run.resumed == 10
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_shards_make_the_same_directory_together(labelled, checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(label_resolutions, "IMAGES_PER_FILE", 4)
+    first = label(checkpoint, data, tmp_path, sources=["one", "two"], shard=Shard(0, 2))
+    assert (first.missing, len(first.labels)) == (2, 6)
+    with pytest.raises(LabelError, match="to its end"):
+        read_labels(tmp_path)
+    assert label(checkpoint, data, tmp_path, sources=["one", "two"], shard=Shard(1, 2)).missing == 0
+    whole = {path.name: path.read_bytes() for path in labelled[0].iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    for text in ("2/2", "1", "-1/2", "a/b"):
+        with pytest.raises(LabelError, match="--shard"):
+            label_resolutions.parse_shard(text)
+
+
+def test_a_truncated_file_is_not_an_empty_one(labelled, tmp_path):
+    path = tmp_path / "cut.array_record"
+    path.write_bytes((labelled[0] / "one-00000.array_record").read_bytes()[:100])
+    with pytest.raises(LabelError, match=r"cut.array_record cannot be read"):
+        read_file(path)
+
+
+def test_paraphrases_are_asked_at_full_resolution(checkpoint, params, tmp_path):
+    said = {"paraphrases": PARAPHRASE_SEPARATOR.join(("blue square", "green"))}
+    plain = corpora.sample(60, [(30, 30)], 2, "one")
+    corpora.write(tmp_path, "one", [plain, dataclasses.replace(plain, metadata=said)])
+    first, second = label(checkpoint, tmp_path, tmp_path / "labels", sources=["one"]).labels
+    assert first.paraphrase_losses == ()
+    for text, loss in zip(("blue square", "green"), second.paraphrase_losses, strict=True):
+        other = dataclasses.replace(plain, turns=(*plain.turns[:-1], Turn("assistant", text)))
+        assert loss == pytest.approx(loss_alone(params, other, 1.0), rel=1e-4)
+    assert summarise_labels([first, second], 1e-6)["all"].drift == 1.0
+    assert summarise_labels([first], 0.05)["all"].drift is None
 
 
 def test_each_image_is_decoded_once(checkpoint, data, tmp_path, monkeypatch):
@@ -161,7 +197,7 @@ def test_each_image_is_decoded_once(checkpoint, data, tmp_path, monkeypatch):
         decoded[image] += 1
         return decode_image(image)
 
-    monkeypatch.setattr(label_resolutions, "decode_image", counting)
+    monkeypatch.setattr(label_models, "decode_image", counting)
     assert len(label(checkpoint, data, tmp_path / "labels", sources=["two"]).labels) == 4
     # Four pictures of one size, and the grey one that stands for all of them.
     assert list(decoded.values()) == [1] * 5
@@ -177,10 +213,10 @@ def test_labels_of_another_question_are_not_mixed(labelled, checkpoint, data, mo
 def test_damaged_label_files_are_refused(labelled, tmp_path):
     for path in labelled[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "two-00000.arrow").write_bytes(b"no arrow")
-    with pytest.raises(LabelError, match=r"two-00000.arrow cannot be read"):
+    (tmp_path / "two-00000.array_record").write_bytes(b"no arrow")
+    with pytest.raises(LabelError, match=r"two-00000.array_record cannot be read"):
         read_labels(tmp_path)
-    (tmp_path / "labels.json").write_text(json.dumps({"format_version": 1, "files": ["../one-00000.arrow"]}))
+    (tmp_path / "labels.json").write_text(json.dumps({"format_version": 2, "files": ["../one-00000.array_record"]}))
     with pytest.raises(LabelError, match="label again"):
         read_labels(tmp_path)
 
@@ -201,8 +237,15 @@ def test_training_saves_what_inference_loads_and_a_table_the_pipeline_reads(labe
         outputs = predict_log_areas(COMPRESSOR, saved.params, proxies)
         expected = alpha_from_prediction(outputs, sides, COMPRESSOR.proxy_size).max()
         assert stored[record] == round(1000 * float(expected))
+    again = tmp_path / "again.arrow"
+    words = ["--compressor", str(output), "--data", str(data), "--sources", "one,two", "--output", str(again)]
+    assert predict_alphas.main(words) == 0
+    assert again.read_bytes() == table.read_bytes()
+    assert predict_alphas.main([*words[:-4], "--sources", "three", *words[-2:]]) == 2
     with pytest.raises(CheckpointError, match="already exists"):
         train_compressor.train(labelled[0], data, checkpoint, output)
+    with pytest.raises(LabelError, match="no label of task charts"):
+        train_compressor.train(labelled[0], data, checkpoint, tmp_path / "other", left_out=["charts"])
 
 
 def test_labels_of_other_data_are_refused(labelled, checkpoint, data, tmp_path):

@@ -169,6 +169,36 @@ def test_alpha_auto_is_the_compressors_prediction(assistant: Assistant, compress
     assert min(answer.alphas) < 1.0
 
 
+def test_a_picture_stays_whole_where_its_views_are_judged_differently(assistant: Assistant) -> None:
+    # One half is noise, so the picture and its mirror image differ; the flat one is the same from every side.
+    half = picture(160, 160, 3)
+    half[:80, :100] = 255
+    request = ask("How many circles are there in these? " * 2, half, np.full((160, 160, 3), 90, np.uint8))
+    answers = [
+        assistant.answer([request], dataclasses.replace(SHORT, alpha="auto", unsure=spread))[0].alphas
+        for spread in (None, 0.0, 1e6)
+    ]
+    free, strict, lax = answers
+    assert lax == pytest.approx(free, rel=1e-5)
+    assert free[0] < 1.0
+    assert strict[0] == 1.0
+    assert strict[1] == pytest.approx(free[1], rel=1e-5), "equal views are no reason to doubt"
+
+
+def test_a_request_may_bring_its_own_alphas(assistant: Assistant) -> None:
+    images = (picture(90, 90, 1), picture(120, 60, 2))
+    request = dataclasses.replace(ask("How many circles are there in these? " * 2, *images), alphas=(0.3, 0.8))
+    (answer,) = assistant.answer([request], dataclasses.replace(SHORT, alpha=0.5))
+    assert answer.alphas == (0.3, 0.8)
+    plans = [
+        plan_image(*image.shape[:2], alpha, assistant.config.tiling)
+        for image, alpha in zip(images, answer.alphas, strict=True)
+    ]
+    assert answer.visual_tokens == sum(plan.tokens for plan in plans)
+    with pytest.raises(ConfigError, match="give one each"):
+        Request(request.turns, images, (0.3,))
+
+
 def test_few_programs_serve_many_sizes(assistant: Assistant) -> None:
     compiled: list[str] = []
 

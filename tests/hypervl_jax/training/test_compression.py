@@ -12,15 +12,11 @@ from scipy import stats
 
 from hypervl_jax.architecture import CompressorConfig, ConfigError, TilingConfig
 from hypervl_jax.models.compressor_io import abstract_compressor, predict_log_areas, shift_output
+from hypervl_jax.models.safetensors_files import CheckpointError
 from hypervl_jax.training.compression import (
     EVERY_TASK,
-    LOSSES,
     RATIOS,
-    CompressorTrainConfig,
-    Lesson,
     ResolutionLabel,
-    calibration_bias,
-    censored_residual,
     compressor_metrics,
     compressor_targets,
     increase_at,
@@ -29,6 +25,16 @@ from hypervl_jax.training.compression import (
     rank_correlation,
     relative_increase,
     summarise_labels,
+)
+from hypervl_jax.training.compressor_training import (
+    BETWEEN_RATIOS,
+    ORDINAL,
+    RESIDUAL_LOSSES,
+    CompressorTrainConfig,
+    Lesson,
+    calibration_bias,
+    censored_residual,
+    ordinal,
     train_compressor,
     validation_mask,
 )
@@ -129,17 +135,42 @@ def test_mean_increase_counts_an_image_at_most_once_and_no_gain():
     assert mean_increase(curves, np.array([0.5, 0.5])) == 0.5
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(RESIDUAL_LOSSES))
 def test_losses_punish_over_compression_by_the_weight(name):
     settings = CompressorTrainConfig(loss=name, over_compression_weight=3.0)
-    below, above = LOSSES[name](jnp.array([-0.2, 0.2]), settings)
+    below, above = RESIDUAL_LOSSES[name](jnp.array([-0.2, 0.2]), settings)
     assert below == pytest.approx(3 * above)
 
 
 def test_the_pinball_optimum_is_the_weighted_quantile():
     targets, settings = np.linspace(0, 1, 1001), CompressorTrainConfig(loss="pinball", over_compression_weight=3.0)
-    total = [float(LOSSES["pinball"](guess - targets, settings).sum()) for guess in (0.65, 0.7, 0.75, 0.8, 0.85)]
+    total = [
+        float(RESIDUAL_LOSSES["pinball"](guess - targets, settings).sum()) for guess in (0.65, 0.7, 0.75, 0.8, 0.85)
+    ]
     assert np.argmin(total) == 2
+
+
+def test_the_ordinal_loss_is_the_mean_of_nine_logistic_ones():
+    settings = CompressorTrainConfig(loss=ORDINAL, over_compression_weight=3.0, ordinal_scale=0.2)
+    sides, prediction, alpha = np.array([64.0]), np.log(np.array([0.4])), 0.6
+    bounds = np.log(BETWEEN_RATIOS)
+    expected = 0.0
+    for bound in bounds:
+        chance = 1 / (1 + np.exp(-(prediction[0] - bound) / 0.2))
+        more = np.log(alpha) > bound
+        expected -= 3.0 * np.log(chance) if more else np.log(1 - chance)
+    found = ordinal(jnp.asarray(prediction), jnp.log(jnp.array([alpha])), jnp.asarray(sides), 64, settings)
+    np.testing.assert_allclose(found, [expected / 9], rtol=1e-5)
+
+
+def test_the_ordinal_optimum_lies_in_the_labels_interval_and_is_flat_beyond_the_ends():
+    settings = CompressorTrainConfig(loss=ORDINAL, over_compression_weight=1.0, ordinal_scale=0.02)
+    guesses = jnp.log(jnp.array(RATIOS))
+    for label in RATIOS:
+        losses = ordinal(guesses, jnp.full(10, np.log(label)), jnp.full(10, 64.0), 64, settings)
+        assert RATIOS[int(jnp.argmin(losses))] == label
+    beyond = ordinal(jnp.array([0.3, 2.0]), jnp.zeros(2), jnp.full(2, 64.0), 64, settings)
+    np.testing.assert_allclose(beyond, 0, atol=1e-4)
 
 
 def test_labels_at_the_ends_only_bound_the_prediction():
@@ -212,6 +243,20 @@ def test_training_learns_which_pictures_need_their_pixels():
     assert alphas[fine].min() > alphas[~fine].max()
     # the calibration is inside the parameters
     assert mean_increase(held_out.increases, alphas) <= settings.allowed_increase
+
+
+def test_training_begins_with_the_weights_that_are_given():
+    settings = CompressorTrainConfig(steps=1, batch_size=8, learning_rate=1e-9, warmup_steps=0, evaluate_every=1)
+    fresh = abstract_compressor(SMALL)
+    first = {"stem": jax.tree.map(lambda leaf: np.full(leaf.shape, 0.3, np.float32), fresh["stem"])}
+    trained = train_compressor(SMALL, detail_lesson(20), settings, first=first)
+    for leaf in jax.tree.leaves(trained.params["stem"]):
+        np.testing.assert_allclose(leaf, 0.3, atol=1e-6)
+    assert np.ptp(trained.params["hidden"]["kernel"]) > 0.1
+    with pytest.raises(CheckpointError, match="choose another --backbone"):
+        train_compressor(
+            SMALL, detail_lesson(20), settings, first={"stem": jax.tree.map(lambda x: x[..., :4], first["stem"])}
+        )
 
 
 def test_metrics_measure_what_they_say():
