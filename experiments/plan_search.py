@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
-import jax
-
 from experiments.config import ExperimentConfig
-from experiments.planning import Plan, plan
+from experiments.planning import Plan
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import BRANCHES, VisionConfig, projector_part, require, vision_part
 from hypervl_jax.planning import useful
@@ -164,19 +159,3 @@ def search(
 def rematerialisation(candidate: Candidate) -> tuple[str, str]:
     """The policies of decoder and tower."""
     return candidate.config.runtime.decoder_remat, candidate.config.runtime.tower_remat
-
-
-def plan_apart(
-    config: ExperimentConfig, topology: Topology, mfu: float, price_per_chip_hour: float | None
-) -> Plan | None:
-    """A plan made in a process of its own; None when that dies, for libtpu aborts its process at an error of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_plan_on_cpu, config, topology, mfu, price_per_chip_hour).result()
-        except BrokenProcessPool:
-            return None
-
-
-def _plan_on_cpu(config: ExperimentConfig, topology: Topology, mfu: float, price_per_chip_hour: float | None) -> Plan:
-    jax.config.update("jax_platforms", "cpu")
-    return plan(config, topology, mfu, price_per_chip_hour).plan

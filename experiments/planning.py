@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,9 @@ from hypervl_jax.training.loop import TrainingRun
 from hypervl_jax.training.program import build_step
 from hypervl_jax.training.state import TrainState
 
-Say = Callable[[str], None]
+
+class CompilerFailed(RuntimeError):
+    """The TPU compiler failed at a program, for another reason than that it does not fit; the message is the compiler's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,6 @@ def plan(
     topology: Topology,
     mfu: float = 0.4,
     price_per_chip_hour: float | None = None,
-    say: Say = lambda text: None,
 ) -> Compiled:
     """Compiles the step of a configuration for a topology and says what it needs.
 
@@ -155,22 +156,20 @@ def plan(
         topology: to plan for.
         mfu: stated, for time and cost.
         price_per_chip_hour: for the cost.
-        say: is told what is being waited for.
 
     Raises:
         ConfigError: the configuration does not fit the mesh.
         CompilerMissing: libtpu is not installed.
+        CompilerFailed: the TPU compiler has an error of its own, and says so. It may also end this process: see `plan_process`.
     """
     mesh = partitioning.make_mesh(config.mesh, topology.devices())
     run = config.training_run()
-    say("tracing the step")
     traced, state, batch = trace_step(run, len(source_names(config.data)), mesh)
     counts = [flops.count_flops(traced.jaxpr, number) for number in range(len(config.consistency.arms))]
-    say("compiling for the TPU (minutes at full size)")
     executable, needed = compile_traced(traced, mesh)
     memory = memory_of(state, batch, executable, needed, topology)
-    say("reading the program")
-    program = read_program(executable) if executable else None
+    text = hlo_text(executable) if executable else None
+    program = programs.parse_program(text) if text else None
     arms = tuple(plan_arm(config, topology, number, count, memory.fits, program) for number, count in enumerate(counts))
     budget = stage_budget(config, topology, arms, mfu, price_per_chip_hour)
     return Compiled(Plan(config, topology, dict(mesh.shape), memory, arms, budget), executable)
@@ -207,21 +206,24 @@ def replan(made: Plan, config: ExperimentConfig, mfu: float, price: float | None
 
 
 def compile_traced(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, int]:
-    """The executable and 0; or None and the bytes that a device would need, when the compiler says that HBM does not suffice."""
+    """The executable and 0; or None and the bytes that a device would need, when the compiler says that HBM does not suffice.
+
+    Raises `CompilerFailed` when it says anything else.
+    """
     try:
         with jax.set_mesh(mesh):
             return traced.lower().compile(), 0
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
-            raise
+            raise CompilerFailed(str(error).splitlines()[0]) from error
         return None, needed
 
 
-def read_program(executable: jax.stages.Compiled) -> programs.Program | None:
+def hlo_text(executable: jax.stages.Compiled) -> str | None:
     """The compiled program; None where libtpu cannot write it down: 0.0.52 fails at some asynchronous instructions of v5p and v6e."""
     try:
-        return programs.parse_program(executable.as_text())
+        return executable.as_text()
     except jax.errors.JaxRuntimeError:
         return None
 

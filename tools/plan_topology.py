@@ -12,19 +12,18 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
-import jax
-from jax.experimental import serialize_executable
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from experiments import launch, plan_report, plan_search, plan_tables
+from experiments import launch, plan_process, plan_report, plan_search, plan_tables
 from experiments.config import ExperimentConfig
-from experiments.planning import Compiled, Plan, plan, replan, runs_the_same_program
+from experiments.planning import Compiled, CompilerFailed, Plan, replan, runs_the_same_program
 from hypervl_jax.architecture import ConfigError
 from hypervl_jax.planning.chips import CompilerMissing, Topology, topology
 
-USAGE_ERROR, SUCCESS = 2, 0
+USAGE_ERROR, COMPILER_FAILED, SUCCESS = 2, 1, 0
 
 _DESCRIPTION = """\
 Compiles the training step of a configuration for a TPU topology, on this machine, and prints whether it fits, FLOPs, collectives, the
@@ -41,10 +40,10 @@ examples:
   python -m tools.plan_topology --config stage1 --topology v5e-256
   python -m tools.plan_topology --config stage2 --topology v5p-512 --rows-per-chip 2 --mfu 0.45 --price-per-chip-hour 4.2
   python -m tools.plan_topology --config stage3 --topology v6e-256 --search
-  python -m tools.plan_topology --table --config stage1,stage2,stage3 --topology v5e-256,v6e-256,v5p-512,2xv5e-256,v5p-8192
+  python -m tools.plan_topology --table --config stage1,stage2,stage3 --topology v5e-256,v6e-256,v5p-512,2xv5e-256,v5p-4096,v5p-8192
 
 exit status:
-  0  planned, also when it does not fit (see "fits" with --json)    2  it cannot be planned as asked
+  0  planned, also when it does not fit (see "fits" with --json)    1  the TPU compiler failed    2  it cannot be planned as asked
 """
 
 
@@ -117,28 +116,39 @@ def configured(
     return plan_search.with_rows(config, wanted, options.rows_per_chip) if options.rows_per_chip else config
 
 
-def make_plan(options: argparse.Namespace, config: ExperimentConfig, wanted: Topology, console: Console) -> Compiled:
-    """One plan, or the best one of a search; says on `console` what is being waited for."""
+def make_plan(
+    options: argparse.Namespace,
+    config: ExperimentConfig,
+    wanted: Topology,
+    directory: pathlib.Path | None,
+    console: Console,
+) -> Plan:
+    """One plan, or the best one of a search, saved to `directory`; says on `console` what is being waited for."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    asked = (options.mfu, options.price_per_chip_hour)
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{config.name} on {wanted.name}")
+        task = progress.add_task(f"{config.name} on {wanted.name}: compiling for the TPU (minutes at full size)")
 
-        def say(text: str) -> None:
-            progress.update(task, description=f"{config.name} on {wanted.name}: {text}")
+        def compiled(candidate: ExperimentConfig, kept: pathlib.Path | None = None) -> Plan:
+            return plan_process.plan_apart(candidate, wanted, options.mfu, options.price_per_chip_hour, kept)
 
-        def apart(candidate: ExperimentConfig) -> Plan | None:
-            say(f"compiling {layout_of(candidate)}")
-            made = plan_search.plan_apart(candidate, wanted, *asked)
-            if made is None:
-                progress.console.print(f"left out, for the TPU compiler fails at it: {layout_of(candidate)}")
+        def tried(candidate: ExperimentConfig) -> Plan | None:
+            progress.update(task, description=f"{config.name} on {wanted.name}: compiling {layout_of(candidate)}")
+            try:
+                made = compiled(candidate)
+            except CompilerFailed as error:
+                progress.console.print(
+                    f"{layout_of(candidate)}: left out, for the TPU compiler fails at it ({error})", markup=False
+                )
+                return None
+            progress.console.print(f"{layout_of(candidate)}: {plan_report.planned(made)}", markup=False)
             return made
 
         if not options.search:
-            return plan(config, wanted, *asked, say)
-        best, tried = plan_search.search(config, wanted, apart)
-        console.print(plan_tables.overview(map(plan_report.to_json, tried)), highlight=False, markup=False)
-        return plan(best.config, wanted, *asked, say) if options.save else Compiled(best, None)
+            return compiled(config, directory)
+        best, plans = plan_search.search(config, wanted, tried)
+        table = plan_tables.overview(map(plan_report.to_json, plans))
+        console.print(table, highlight=False, markup=False, soft_wrap=True)
+        return compiled(best.config, directory) if directory else best
 
 
 def layout_of(config: ExperimentConfig) -> str:
@@ -148,18 +158,6 @@ def layout_of(config: ExperimentConfig) -> str:
         f"remat {runtime.decoder_remat}/{runtime.tower_remat}, {objective.accumulation} micro-batches, "
         f"loss chunk {objective.loss_chunk_tokens}"
     )
-
-
-def save(directory: pathlib.Path, made: Compiled) -> None:
-    """Writes plan.json and, when the step was compiled for it and fits, the optimised HLO and the executable as `jax` serializes it.
-
-    The executable is for people who trust its origin: reading it back (`serialize_executable.deserialize_and_load`) unpickles.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.json").write_text(json.dumps(plan_report.to_json(made.plan), indent=1))
-    if made.executable is not None:
-        (directory / "step.hlo.txt").write_text(made.executable.as_text())
-        (directory / "step.executable").write_bytes(serialize_executable.serialize(made.executable)[0])
 
 
 def show(options: argparse.Namespace, made: Plan) -> None:
@@ -172,20 +170,23 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> li
     """Plans every configuration on every topology, shows and saves each; a program that was compiled before is not compiled again."""
     plans: list[Plan] = []
     errors = Console(stderr=True)
-    for name, place in itertools.product(options.config.split(","), options.topology.split(",")):
+    pairs = itertools.product(options.config.split(","), options.topology.split(","))
+    # A mistake in the last pair is told before the first is compiled.
+    asked = [(name, place, configured(options, overrides, name, topology(place))) for name, place in pairs]
+    for name, place, config in asked:
         wanted = topology(place)
-        config = configured(options, overrides, name, wanted)
+        several = [f"{name}-{place.replace(':', '-')}"] * ("," in options.config + options.topology)
+        directory = pathlib.Path(options.save, *several) if options.save else None
         known = None if options.search else find_compiled(plans, config, wanted)
         if known is None:
-            made = make_plan(options, config, wanted, errors)
+            made = make_plan(options, config, wanted, directory, errors)
         else:
             errors.print(f"{name} runs the program of {known.config.name} on {wanted.name}: not compiled again")
-            made = Compiled(replan(known, config, options.mfu, options.price_per_chip_hour), None)
-        if options.save:
-            several = "," in options.config + options.topology
-            save(pathlib.Path(options.save, *([f"{name}-{place.replace(':', '-')}"] * several)), made)
-        show(options, made.plan)
-        plans.append(made.plan)
+            made = replan(known, config, options.mfu, options.price_per_chip_hour)
+            if directory:
+                plan_process.save(directory, Compiled(made, None))
+        show(options, made)
+        plans.append(made)
     return plans
 
 
@@ -198,13 +199,18 @@ def find_compiled(plans: Sequence[Plan], config: ExperimentConfig, wanted: Topol
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options, overrides = launch.parse(sys.argv[1:] if arguments is None else arguments, parser())
-    # The TPU compiler needs no TPU, and a TPU of this machine is none of the planner's business.
-    jax.config.update("jax_platforms", "cpu")
     try:
         plans = run(options, overrides)
     except (ConfigError, CompilerMissing) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except CompilerFailed as error:
+        print(
+            f"error: the TPU compiler (libtpu {version('libtpu')}) fails at this step: {error}; another --remat, --rows-per-chip or mesh may "
+            "compile, and --search leaves out what does not",
+            file=sys.stderr,
+        )
+        return COMPILER_FAILED
     described = [plan_report.to_json(made) for made in plans]
     if options.table:
         print(plan_tables.tables(described))
