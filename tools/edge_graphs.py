@@ -116,15 +116,18 @@ def _under(prefix: str, weights: Weights) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in weights.items()}
 
 
-# Operations.
+# Operations. Those under `jax.jit` are one operation of most runtimes: `tools.onnx_graphs` knows them by their names, and for the
+# others they are written out.
 
 
+@jax.jit
 def linear(weights: Weights, x: Float[Array, "l c"]) -> Float[Array, "l e"]:
     """x · kernelᵀ, plus the bias where there is one."""
     y = jax.lax.dot_general(x, weights["kernel"], (((1,), (1,)), ((), ())))
     return y + weights["bias"] if "bias" in weights else y
 
 
+@jax.jit
 def layer_norm(weights: Weights, x: Float[Array, "l d"], eps: float) -> Float[Array, "l d"]:
     """Layer normalisation over the last axis."""
     centred = x - x.mean(-1, keepdims=True)
@@ -132,6 +135,7 @@ def layer_norm(weights: Weights, x: Float[Array, "l d"], eps: float) -> Float[Ar
     return normalised * weights["scale"] + weights["bias"]
 
 
+@jax.jit
 def rms_norm(weights: Weights, x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     """Root-mean-square normalisation over the last axis."""
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * weights["scale"]
@@ -227,6 +231,7 @@ def _tower_attention(weights: Weights, x: Float[Array, "p d"], vision: VisionCon
     return linear(within(weights, "output"), joined)
 
 
+@jax.jit
 def softmax(scores: Float[Array, "..."]) -> Float[Array, "..."]:
     """Softmax over the last axis, in the form that the converter knows as one operation."""
     exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
@@ -408,12 +413,12 @@ def _decoder_attention(
     """Mixed values, and the new keys and values. All queries of a key-value head are rows of one matrix."""
     config, length = step.config, x.shape[0]
     groups, width, eps = config.num_kv_heads, config.head_dim, config.rms_norm_eps
-    query, key, value = (
-        linear(within(weights, name), x).reshape(length, -1, width) for name in ("query", "key", "value")
-    )
-    query = _rotate(rms_norm(within(weights, "query_norm"), query, eps).transpose(1, 0, 2), step)
-    key = _rotate(rms_norm(within(weights, "key_norm"), key, eps).transpose(1, 0, 2), step)
-    value = value.transpose(1, 0, 2)
+    # Heads are rows while they are normalised: of three axes the NPU's float16 norm (QAIRT 2.51) makes wrong numbers.
+    query, key, value = (linear(within(weights, name), x).reshape(-1, width) for name in ("query", "key", "value"))
+    query = rms_norm(within(weights, "query_norm"), query, eps)
+    key = rms_norm(within(weights, "key_norm"), key, eps)
+    query, key, value = (heads.reshape(length, -1, width).transpose(1, 0, 2) for heads in (query, key, value))
+    query, key = _rotate(query, step), _rotate(key, step)
     seen = jnp.concatenate([keys[0], key], axis=1)
     scores = jnp.matmul(query.reshape(groups, -1, width), seen.transpose(0, 2, 1)) * width**-0.5
     masked = scores.reshape(groups, -1, length, seen.shape[1]) + step.mask

@@ -58,10 +58,10 @@ class EdgeSettings:
         return values | {"compressor": None if self.compressor is None else dataclasses.asdict(self.compressor)}
 
 
-def read_settings(manifest: Manifest) -> EdgeSettings:
+def read_settings(manifest: Manifest, kind: str = KIND) -> EdgeSettings:
     """The settings of an artifact. Raises `ArtifactError` when it is none of this kind."""
-    if manifest.kind != KIND:
-        raise ArtifactError(f"this is an artifact for {manifest.kind!r}; only those of tools.export_tflite run here")
+    if manifest.kind != kind:
+        raise ArtifactError(f"this is an artifact for {manifest.kind!r}; only those of tools.export_{kind} run here")
     shapes = manifest.shapes
     vrc = None if shapes["compressor"] is None else compressor_from_json(shapes["compressor"])
     lists = (tuple(shapes[name]) for name in ("branches", "prefill"))
@@ -138,8 +138,8 @@ class EdgeModel:
             left = last - cache.written
             length = next((size for size in lengths if size >= left), lengths[-1])
             real = min(left, length)
-            piece = np.zeros((1, length, embeddings.shape[1]), np.float32)
-            piece[0, :real] = embeddings[cache.written : cache.written + real]
+            # Padding repeats the last position. Zeros would make 1 / sqrt(eps) of a norm, a range that leaves 16 bits nothing for the rest.
+            piece = embeddings[None, cache.written + np.minimum(np.arange(length), real - 1)]
             cache.write(self.signatures[f"prefill_{length}"](**cache.inputs(piece, real)), real)
         return cache, self._append(cache, embeddings[None, last:])
 

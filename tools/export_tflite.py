@@ -9,7 +9,6 @@ Every precision is an artifact of its own. Embedder and decoder hold several sig
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -18,35 +17,23 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.errors import RecordError
-from hypervl_jax.architecture import BRANCHES, DECODER, ConfigError, HyperVLConfig, projector_part, require, vision_part
-from hypervl_jax.models.compressor_io import SavedCompressor, load_compressor
+from hypervl_jax.architecture import BRANCHES, ConfigError
+from hypervl_jax.models.compressor_io import load_compressor
 from hypervl_jax.models.safetensors_files import CheckpointError
 from hypervl_jax.text.conversation import ConversationError
-from hypervl_jax.text.tokenizer import Tokenizer, TokenizerError
-from hypervl_jax.training.checkpoint import load_params
-from hypervl_jax.training.state import abstract_parameters
-from hypervl_jax.vision.decoding import decode_image
-from tools import artifacts, edge_graphs, edge_parity, evaluate, golden
-from tools.artifacts import ArtifactError, Manifest
-from tools.edge_graphs import Graph
-from tools.edge_runtime import KIND, TOKENIZER, EdgeModel, EdgeSettings, open_signatures
-from tools.golden import RUNTIME, Case, Golden
+from hypervl_jax.text.tokenizer import TokenizerError
+from tools import artifacts, edge_calibration, edge_parity, edge_sources
+from tools.artifacts import ArtifactError
+from tools.edge_runtime import KIND, TOKENIZER, EdgeModel, open_signatures
+from tools.edge_sources import PARTS, Exported, Request, part_graphs
 from tools.label_resolutions import ReportProgress, progress_line
-from tools.quantisation import PRECISIONS, Precision, quantise
-from tools.to_torch import BOTH, Source, open_source
+from tools.quantisation import PRECISIONS, Precision
 
 FAILURE, SUCCESS = 1, 0
-HELDOUT, TRAIN = "heldout", "train"
-ENCODER = "encoder"
-PARTS = (ENCODER, DECODER)
-"""What can be exported by itself; the compressor goes along where one is given."""
-
 CALIBRATED_AS = {"compressor": "float32", "embedder": "int8"}
 """Parts of a calibrated artifact that are not calibrated: a small network that decides on α, and a table."""
 
@@ -77,19 +64,6 @@ examples:
 exit status:
   0  written, and compared with JAX    1  it cannot be written, or float32 differs from JAX    2  wrong usage
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """Everything that is the same for all precisions."""
-
-    source: Source
-    settings: EdgeSettings
-    params: Mapping[str, Any]
-    vrc: SavedCompressor | None
-    cases: tuple[Case, ...]
-    references: Mapping[str, Mapping[str, Golden]]
-    calibration: tuple[Case, ...]
 
 
 def export(
@@ -133,22 +107,12 @@ def export(
     """
     artifacts.check_output(output)
     converter()
-    require(bool(prefill) and min(prefill) > 1, f"prefill lengths {list(prefill)} must be 2 or more")
-    require(slots > max(prefill), f"a cache of {slots} slots does not hold a prefill of {max(prefill)}")
     steps = 2 * len(precisions) + 2
     progress("reading", 0, steps)
-    source = open_source(checkpoint, step)
-    branches = (BRANCHES if encoder == BOTH else (encoder,)) if ENCODER in parts else ()
-    vrc = None if compressor is None else load_compressor(compressor)
-    lengths = tuple(sorted(set(prefill))) if DECODER in parts else ()
-    settings = EdgeSettings(source.config, vrc.config if vrc else None, branches, lengths, slots)
     calibrated = [name for name in precisions if PRECISIONS[name].activations is not None]
-    require(
-        not calibrated or data is not None, f"{' and '.join(calibrated)} take ranges from real records: give --data"
-    )
-    calibration = _records(source, data, TRAIN, items) if calibrated else ()
-    held_out = () if data is None else _records(source, data, HELDOUT, items)
-    made = _prepare(source, settings, vrc, (*golden.cases(source.config.tiling), *held_out), calibration)
+    vrc = None if compressor is None else load_compressor(compressor)
+    request = Request(checkpoint, step, parts, encoder, vrc, prefill, slots, data, items, tuple(calibrated))
+    made = edge_sources.read(request)
     reports = {}
     with artifacts.writing(output, _bytes(made, precisions)) as temporary:
         for number, name in enumerate(precisions):
@@ -170,86 +134,11 @@ def converter() -> ModuleType:
     return tflite_convert
 
 
-def _prepare(
-    source: Source,
-    settings: EdgeSettings,
-    vrc: SavedCompressor | None,
-    cases: tuple[Case, ...],
-    calibration: tuple[Case, ...],
-) -> Exported:
-    """Reads the parameters, and lets JAX compute what the artifacts are compared with."""
-    parts = {part(branch) for branch in settings.branches for part in (vision_part, projector_part)}
-    parts |= {DECODER} if settings.prefill else set()
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract, _ = abstract_parameters(source.config, RUNTIME)
-    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    params = load_params(source.home, targets, source.step, sorted(parts))
-    compute = golden.compute if settings.prefill and settings.branches else _encode_only
-    references = {
-        branch: {case.name: compute(case, source.config, params, source.tokenizer, branch) for case in cases}
-        for branch in settings.branches
-    }
-    return Exported(source, settings, params, vrc, cases, references, calibration)
-
-
-def _encode_only(
-    case: Case, config: HyperVLConfig, params: Mapping[str, Any], tokenizer: Tokenizer, branch: str
-) -> Golden:
-    """What JAX makes of a prompt's tiles, without a decoder."""
-    tiles, none = golden.tile_all(case.images, config.tiling), np.zeros(0, np.int32)
-    with jax.default_matmul_precision("highest"):
-        visual = np.asarray(golden.encode_tiles(tiles, config, params, branch))
-    return Golden(tiles, visual, none, np.zeros((0, 0), np.float32), none)
-
-
-def _records(source: Source, data: str, split: str, items: int) -> tuple[Case, ...]:
-    """The first records of each held-out source, or of the source of that name in another split; those of one question only."""
-    root = pathlib.Path(data) / HELDOUT
-    tasks = sorted(path.name for path in root.glob("*") if path.is_dir())
-    if not tasks:
-        raise RecordError(f"{root} holds no sources; give the root of a data directory with a {HELDOUT} split")
-    fingerprint = source.tokenizer.fingerprint
-    return tuple(
-        Case(f"{task}_{number}", item.turns[0].text, tuple(map(decode_image, item.images)))
-        for task in tasks
-        for number, item in enumerate(evaluate.read_items(data, split, task, fingerprint, items))
-        if len(item.turns) == 1
-    )
-
-
 def _bytes(made: Exported, precisions: Sequence[str]) -> int:
     """A lower bound of what will be written."""
     counts = made.source.config.parameter_counts()
     parameters = sum(counts[part] for part in made.params)
     return sum(parameters * (PRECISIONS[name].layers or 32) // 8 for name in precisions)
-
-
-def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], list[Graph]]]:
-    """The graphs of each file, made when they are called for."""
-    settings, params, config = made.settings, made.params, made.settings.config
-    files: dict[str, Callable[[], list[Graph]]] = {
-        f"encoder_{branch}": lambda branch=branch: [edge_graphs.encoder_graph(config, branch, params)]
-        for branch in settings.branches
-    }
-    if made.vrc is not None:
-        vrc = made.vrc
-        files["compressor"] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
-    if settings.prefill:
-        files["embedder"] = lambda: _embedders(params, settings, precision)
-        files["decoder"] = lambda: _decoders(params, settings)
-    return files
-
-
-def _embedders(params: Mapping[str, Any], settings: EdgeSettings, precision: Precision) -> list[Graph]:
-    bits = precision.others
-    table = None if bits is None else quantise(np.asarray(params[DECODER]["embedding"]), bits)
-    return [edge_graphs.embedder_graph(params, length, table) for length in (1, *settings.prefill)]
-
-
-def _decoders(params: Mapping[str, Any], settings: EdgeSettings) -> list[Graph]:
-    config, slots = settings.config.decoder, settings.slots
-    prefill = [edge_graphs.decoder_graph(config, params, length, slots, head=False) for length in settings.prefill]
-    return [*prefill, edge_graphs.decoder_graph(config, params, 1, slots, head=True)]
 
 
 def _export_one(made: Exported, name: str, home: pathlib.Path, progress: Callable[[str, int], None]) -> dict[str, Any]:
@@ -269,7 +158,7 @@ def _export_one(made: Exported, name: str, home: pathlib.Path, progress: Callabl
     wrong = [part for part, found in parts.items() if name == "float32" and found.get("snr_db", 200) < MINIMUM_SNR]
     if wrong:
         raise ArtifactError(f"at float32 {' and '.join(wrong)} differs from JAX: {json.dumps(parts)}")
-    _finish(made, name, home, report)
+    edge_sources.finish(made, KIND, name, home, report, artifacts.versions(PACKAGES))
     return report
 
 
@@ -286,7 +175,7 @@ def _write_calibrated(made: Exported, precision: Precision, home: pathlib.Path) 
         whole = pathlib.Path(name)
         _write_files(made, PRECISIONS["float32"], whole)
         model = EdgeModel(made.settings, made.source.tokenizer, open_signatures(whole))
-        feeds = tflite_static.record(model, made.calibration)
+        feeds = edge_calibration.record(model, made.calibration)
         for path in sorted(whole.glob("*.tflite")):
             if path.stem not in CALIBRATED_AS:
                 tflite_static.quantise_file(path, home / path.name, precision, feeds)
@@ -294,31 +183,6 @@ def _write_calibrated(made: Exported, precision: Precision, home: pathlib.Path) 
         graphs = part_graphs(made, PRECISIONS[stored])
         if part in graphs:
             converter().convert(graphs[part](), home / f"{part}.tflite", PRECISIONS[stored].bits)
-
-
-def _finish(made: Exported, name: str, home: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Golden arrays, report and manifest."""
-    source, tiling = made.source, made.settings.config.tiling
-    shown = golden.cases(tiling)
-    arrays = {
-        f"{branch}/{key}": value
-        for branch, found in made.references.items()
-        for key, value in golden.arrays(found, shown).items()
-    }
-    artifacts.write_golden(home, arrays)
-    artifacts.write_json(home / artifacts.REPORT, report)
-    preprocessing = {
-        "tiling": dataclasses.asdict(tiling),
-        "pixels": "byte / 255, row, column, channel; the encoder and the compressor normalise inside",
-        "padding": "byte 128 in tiles, 0 in proxies; visual tokens wholly in padding are not in the prompt",
-        "mask": f"0 where a position is seen, {edge_graphs.MASKED_SCORE} where not; cached slots first, then the new positions",
-        "rotary": "cosine and sine of position · theta^(-2i/k), the half-width table written twice",
-        "prompts": [{"name": case.name, "question": case.question, "images": len(case.images)} for case in shown],
-    }
-    origin = artifacts.source_of(source.home, source.step, source.description)
-    versions = artifacts.versions(PACKAGES)
-    manifest = Manifest(KIND, origin, made.settings.to_json(), name, preprocessing, versions, report["parts"])
-    artifacts.write_manifest(home, manifest)
 
 
 def show(reports: Mapping[str, Mapping[str, Any]], output: str) -> None:
@@ -345,42 +209,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", required=True, help="a run's workdir or its checkpoints directory")
-    add("--step", type=int, help="checkpoint to read (default: the newest)")
-    add("--output", metavar="DIR", required=True, help="directory to make; must not exist, or be empty")
-    add("--parts", type=_parts, default=PARTS, metavar="LIST", help="encoder, decoder (default: both)")
-    add("--encoder", choices=(*BRANCHES, BOTH), default=BRANCHES[0], help="default: %(default)s")
-    add("--compressor", metavar="DIR", help="what tools.train_compressor wrote, to go with the model")
-    add("--precision", type=_precisions, default=("float32",), metavar="LIST", help=f"of {', '.join(PRECISIONS)}")
-    add("--prefill", type=_lengths, default=(128,), metavar="LIST", help="lengths of prefill graphs (default: 128)")
-    add("--slots", type=int, default=1024, metavar="N", help="positions the cache holds (default: %(default)s)")
-    add("--data", metavar="ROOT", help="compare on ROOT/heldout/TASK too, calibrate on ROOT/train/TASK")
-    add("--items", type=int, default=4, metavar="N", help="records of each source of --data (default: %(default)s)")
-    add("--json", action="store_true", help="print the reports as one JSON object")
+    edge_sources.add_options(parser.add_argument, tuple(PRECISIONS))
     return parser.parse_args(arguments)
-
-
-def _precisions(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [name for name in names if name not in PRECISIONS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(PRECISIONS)}")
-    return names
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(","))
-    if set(names) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(PARTS)}")
-    return names
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

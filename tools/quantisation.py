@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float32, Int8
+from jaxtyping import Float32, Int8, UInt8
 
 _SHRUNK = np.linspace(0.975, 0.6, 16, dtype=np.float32)
 """Shares of an output's largest weight that are tried as its range."""
@@ -44,6 +44,14 @@ PRECISIONS = {
 }
 
 
+HEADROOM = {8: 1.0, 16: 1.25}
+"""How much wider than what was seen a range is made, by bits: with 16 there is room for inputs that were not seen."""
+
+FLOAT16 = "float16"
+QNN_PRECISIONS = {FLOAT16: Precision(), **{name: PRECISIONS[name] for name in ("w8a16", "w4a16", "w8a8")}}
+"""Those of `tools.export_qnn`, where 4-bit matrices have block scales."""
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantisedMatrix:
     """A matrix as scale · values, symmetric, one scale an output; |values| < 2^(bits - 1)."""
@@ -69,6 +77,36 @@ def quantise(matrix: Float32[np.ndarray, "e c"], bits: int) -> QuantisedMatrix:
             error = _error(matrix, candidate, limit)
             least, scale = np.minimum(least, error), np.where(error < least, candidate, scale)
     return QuantisedMatrix(_round(matrix, scale, limit).astype(np.int8), scale.astype(np.float32), bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockedMatrix:
+    """A matrix as scale · multiple · values: one scale an output, one whole multiple (1 to 15) for every block of its inputs."""
+
+    values: Int8[np.ndarray, "e c"]
+    multiples: UInt8[np.ndarray, "e blocks"]
+    scale: Float32[np.ndarray, "e"]
+
+
+def quantise_blocks(matrix: Float32[np.ndarray, "e c"], block: int) -> BlockedMatrix:
+    """4 bits; the range of each block is the one, of those that its multiples give, with the least squared error.
+
+    The layout that Qualcomm's compiler calls low power block quantisation. The inputs must be whole blocks.
+    """
+    rows, columns = matrix.shape
+    cut = np.ascontiguousarray(matrix, np.float32).reshape(rows * columns // block, block)
+    limit = np.float32(7)
+    largest = np.maximum(np.abs(matrix).max(1), np.float32(1e-20))
+    scale = np.repeat(largest / limit / np.float32(15), columns // block)
+    wanted = np.abs(cut).max(1) / limit / scale
+    least, multiples = np.full(len(cut), np.inf, np.float32), np.ones(len(cut), np.float32)
+    for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7):
+        candidate = np.clip(np.ceil(wanted * np.float32(share) - np.float32(1e-3)), 1, 15)
+        error = _error(cut, candidate * scale, limit)
+        least, multiples = np.minimum(least, error), np.where(error < least, candidate, multiples)
+    values = _round(cut, multiples * scale, limit).astype(np.int8).reshape(rows, columns)
+    counts = multiples.astype(np.uint8).reshape(rows, columns // block)
+    return BlockedMatrix(values, counts, (largest / limit / np.float32(15)).astype(np.float32))
 
 
 def _error(matrix: np.ndarray, scale: np.ndarray, limit: np.float32) -> Float32[np.ndarray, "e"]:

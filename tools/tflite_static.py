@@ -12,52 +12,9 @@ import numpy as np
 from litert_quantizer import qtyping, quantizer, recipe, recipe_manager
 
 from tools.artifacts import ArtifactError
-from tools.edge_runtime import THREADS, EdgeModel, Signature
-from tools.golden import Case
-from tools.quantisation import Precision
-
-ANSWER_TOKENS = 8
-"""Greedy tokens of each prompt that the decoder's ranges are taken from, besides its prompt."""
-
-MOST_FEEDS = 48
-"""Calls of each signature that ranges are taken from, spread evenly over the prompts."""
-
-WIDER = {8: 1.0, 16: 2.0}
-"""How much wider than what was seen a range is made, by bits: with 16 a bit is spent on inputs that calibration has not seen."""
-
-Feeds = dict[str, list[dict[str, np.ndarray]]]
-
-
-class Recorder:
-    """Signatures that keep copies of the first calls of each, up to `limit` since `limit` was last raised."""
-
-    def __init__(self, signatures: Mapping[str, Signature]) -> None:
-        self.feeds: Feeds = {name: [] for name in signatures}
-        self.limit = 0
-        self.signatures = {name: self._recorded(name, run) for name, run in signatures.items()}
-
-    def _recorded(self, name: str, run: Signature) -> Signature:
-        def call(**inputs: np.ndarray) -> Mapping[str, np.ndarray]:
-            if len(self.feeds[name]) < self.limit:
-                # The cache is written in place after the call.
-                self.feeds[name].append({key: value.copy() for key, value in inputs.items()})
-            return run(**inputs)
-
-        return call
-
-
-def record(model: EdgeModel, cases: Sequence[Case]) -> Feeds:
-    """What every signature is called with as a float32 model answers these prompts through each of its branches."""
-    recorder = Recorder(model.signatures)
-    watched = EdgeModel(model.settings, model.tokenizer, recorder.signatures)
-    for number, case in enumerate(cases, 1):
-        recorder.limit = -(-MOST_FEEDS * number // len(cases))
-        prompt, tiles = watched.prompt(case.request.turns, case.images, [1.0] * len(case.images))
-        for branch in model.settings.branches:
-            visual = watched.encode(tiles, branch)
-            if model.settings.prefill:
-                list(watched.generate(watched.embed(prompt, visual), ANSWER_TOKENS))
-    return recorder.feeds
+from tools.edge_calibration import Feeds
+from tools.edge_runtime import THREADS
+from tools.quantisation import HEADROOM, Precision
 
 
 def quantise_file(source: pathlib.Path, target: pathlib.Path, precision: Precision, feeds: Feeds) -> None:
@@ -77,7 +34,7 @@ def quantise_file(source: pathlib.Path, target: pathlib.Path, precision: Precisi
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             made = quantizer.Quantizer(str(source), recipe_of(precision))
             seen = [made.calibrate({name: [feed]}, num_threads=THREADS) for name in names for feed in feeds[name]]
-            made.quantize(widest(seen, WIDER[precision.activations])).export_model(str(target))
+            made.quantize(widest(seen, HEADROOM[precision.activations])).export_model(str(target))
     except (RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"litert-quantizer cannot quantise {source.name}: {str(error).splitlines()[0][:200]}"

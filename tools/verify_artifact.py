@@ -16,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from tools import artifacts, to_torch
+from hypervl_jax.inference.assistant import ask
+from tools import artifacts, edge_runtime, to_torch
 from tools.artifacts import MANIFEST, ArtifactError, Manifest
+from tools.edge_runtime import EdgeModel
+from tools.qnn_chips import EXTRA
+from tools.qnn_chips import KIND as QNN
 
 FAILURE, SUCCESS = 1, 0
 
@@ -30,6 +34,9 @@ exit status:
   0  all as the manifest says    1  something differs or cannot be read    2  wrong usage
 """
 
+TOKEN_SLACK = 0.1
+"""The golden prompts are a few of those in the manifest. A file that computes something else has no likeliest token right."""
+
 Run = Callable[[pathlib.Path, Manifest, Mapping[str, np.ndarray]], dict[str, Any]]
 
 
@@ -40,7 +47,50 @@ def run_torch(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, 
     return to_torch.run_in_torch(directory, manifest.preprocessing["prompts"], golden)
 
 
-RUNTIMES: dict[str, Run] = {to_torch.KIND: run_torch}
+def run_tflite(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """An artifact of `export_tflite` in ai-edge-litert, on this CPU."""
+    return run_edge(edge_runtime.open_model(directory), manifest, golden)
+
+
+def run_qnn(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """An artifact of `export_qnn` on the simulator of onnxruntime-qnn; reports a runtime other than the one it was made with."""
+    try:
+        from tools import qnn_artifact, qnn_contexts
+    except ImportError as error:
+        raise ArtifactError(EXTRA) from error
+    made, here = manifest.versions.get("qairt"), qnn_contexts.runtime_version()
+    found = run_edge(qnn_artifact.open_model(directory), manifest, golden)
+    note = {} if made == here else {"runtime": f"QAIRT {here} here, {made} when it was made;"}
+    return note | found
+
+
+def run_edge(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How often an artifact's likeliest next token is JAX's, along JAX's own answers to the golden prompts, from pixels on.
+
+    Returns:
+        For each branch "top1", "of" and "passed": no share below what the manifest says of free answers, less `TOKEN_SLACK`.
+    """
+    if not model.settings.prefill or not model.settings.branches:
+        return {manifest.kind: "not run: golden answers take an encoder and a decoder"}
+    return {f"answer_{branch}": _answers(model, manifest, golden, branch) for branch in model.settings.branches}
+
+
+def _answers(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray], branch: str) -> dict[str, Any]:
+    equal, compared = 0, 0
+    for prompt in manifest.preprocessing["prompts"]:
+        start = f"{branch}/{prompt['name']}"
+        images = [golden[f"{start}/image_{number}"] for number in range(prompt["images"])]
+        encoded, tiles = model.prompt(ask(prompt["question"], *images).turns, images, [1.0] * len(images))
+        cache, scores = model.start(model.embed(encoded, model.encode(tiles, branch)))
+        for token in golden[f"{start}/generated"]:
+            equal, compared = equal + int(scores.argmax() == token), compared + 1
+            scores = model.step(cache, int(token))
+    parity = manifest.parity[f"answer_{branch}"]
+    passed = equal / compared >= parity["tokens_equal"] / parity["of"] - TOKEN_SLACK
+    return {"top1": equal, "of": compared, "passed": passed}
+
+
+RUNTIMES: dict[str, Run] = {to_torch.KIND: run_torch, edge_runtime.KIND: run_tflite, QNN: run_qnn}
 """How artifacts of each kind are run. An exporter of another kind adds its own."""
 
 
@@ -84,9 +134,15 @@ def verify(directory: pathlib.Path, run: bool = True) -> dict[str, Any]:
 def line(report: Mapping[str, Any]) -> str:
     """A report in one line."""
     parts = report["ran"].items() if isinstance(report["ran"], dict) else [("golden outputs", report["ran"])]
-    ran = ", ".join(f"{name} {found if isinstance(found, str) else 'run'}" for name, found in parts)
+    ran = ", ".join(f"{name} {_outcome(found)}" for name, found in parts)
     verdict = "as the manifest says" if report["passed"] else "; ".join(report["problems"])
     return f"{report['kind']}, {report['files']} files, {ran}: {verdict}"
+
+
+def _outcome(found: Any) -> str:
+    if isinstance(found, str):
+        return found
+    return f"run, {found['top1']} of {found['of']} tokens" if "top1" in found else "run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

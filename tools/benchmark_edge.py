@@ -1,0 +1,351 @@
+"""`python -m tools.benchmark_edge`: our TFLite graphs beside the same model in ONNX Runtime and PyTorch, on this CPU, in one run.
+
+    checkpoint ─► encoder, prefill, decode as TFLite, ONNX and PyTorch ─► each in a process of its own, on the same inputs
+               └► encoder for tiles, and for whole pictures in one pass ─► the same picture both ways
+
+Medians of several runs; the peak of resident memory above what the libraries take; and how far every output is from JAX in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from hypervl_jax.architecture import BRANCHES, ConfigError, HyperVLConfig, branch_parts, require, vision_part
+from hypervl_jax.models.safetensors_files import CheckpointError, write_directory
+from hypervl_jax.text.tokenizer import TokenizerError
+from hypervl_jax.training.checkpoint import load_params
+from hypervl_jax.training.state import abstract_parameters
+from tools import edge_graphs, huggingface_files
+from tools.artifacts import ArtifactError
+from tools.edge_graphs import Graph, HostCache
+from tools.edge_parity import snr
+from tools.edge_probe import COMPILED, DECODE, ENCODER, ONNX, PREFILL, TFLITE, TORCH, Case, Probe
+from tools.export_tflite import converter
+from tools.golden import RUNTIME, picture
+from tools.label_resolutions import ReportProgress, progress_line
+from tools.quantisation import PRECISIONS
+from tools.to_torch import Source, open_source
+
+FAILURE, SUCCESS = 1, 0
+PARTS = (ENCODER, PREFILL, DECODE)
+RUNTIMES = (TFLITE, ONNX, TORCH, COMPILED)
+BITS = ("float32", "int8")
+MIB = 2**20
+
+_EPILOG = """\
+int8 is dynamic everywhere: matrices of 8 bits, activations rounded as products run. ONNX Runtime's is made by its own
+quantize_dynamic, PyTorch's by torch.ao.quantization.quantize_dynamic.
+
+examples:
+  python -m tools.benchmark_edge --checkpoint runs/demo/stage3
+  python -m tools.benchmark_edge --checkpoint runs/initial --parts encoder --images 1024,2048 --json
+
+exit status:
+  0  measured    1  something cannot be read or run    2  wrong usage
+"""
+
+
+class Wanted(NamedTuple):
+    """What is to be measured: a graph, or a picture by a graph called so many times."""
+
+    label: str
+    graph: Graph
+    feeds: Mapping[str, np.ndarray]
+    calls: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        part: what was run.
+        runtime, precision: by what.
+        probe: what was measured.
+        snr_db: of the outputs against JAX in float32.
+    """
+
+    part: str
+    runtime: str
+    precision: str
+    probe: Probe
+    snr_db: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A model and how it is measured."""
+
+    source: Source
+    params: Mapping[str, Any]
+    branch: str
+    slots: int
+    prefill: int
+    repeats: int
+    threads: int
+    home: pathlib.Path
+
+    def wanted(self, parts: Sequence[str]) -> Iterator[Wanted]:
+        """The graphs of the parts, then each picture tile by tile and whole."""
+        config = self.source.config
+        side = config.tiling.tile_size
+        if ENCODER in parts:
+            yield Wanted(ENCODER, edge_graphs.encoder_graph(config, self.branch, self.params), _tile(side))
+        for part, length in ((PREFILL, self.prefill), (DECODE, 1)):
+            if part in parts:
+                graph = edge_graphs.decoder_graph(config.decoder, self.params, length, self.slots, head=length == 1)
+                yield Wanted(part, graph, self._positions(length))
+
+    def pictures(self, images: Sequence[int]) -> Iterator[Wanted]:
+        """Each picture tile by tile, then in one pass of full attention."""
+        config = self.source.config
+        side = config.tiling.tile_size
+        for image in images:
+            tiles = (image // side) ** 2
+            graph = edge_graphs.encoder_graph(config, self.branch, self.params)
+            yield Wanted(f"{image}² in {tiles} tiles", graph, _tile(side), tiles)
+            whole = with_side(config, image)
+            params = {**self.params, vision_part(self.branch): resized(self.params, config, whole, self.branch)}
+            yield Wanted(f"{image}² in one pass", edge_graphs.encoder_graph(whole, self.branch, params), _tile(image))
+
+    def _positions(self, length: int) -> dict[str, np.ndarray]:
+        """Random embeddings; before a decoded token all other slots are taken, before a prompt none is."""
+        config, rng = self.source.config.decoder, np.random.default_rng(0)
+        cache = HostCache(config, self.slots)
+        if length == 1:
+            cache.written = self.slots - 1
+            for array in cache.arrays.values():
+                array[:, :, :-1] = rng.normal(size=array[:, :, :-1].shape)
+        embeddings = rng.normal(size=(1, length, config.hidden_size)).astype(np.float32) * np.float32(0.05)
+        return cache.inputs(embeddings, length)
+
+    def rows(self, wanted: Wanted, runtimes: Sequence[str], bits: Sequence[str]) -> Iterator[Callable[[], Row]]:
+        """The measurements of one graph, each made when it is called."""
+        expected: dict[str, np.ndarray] = {}
+
+        def reference() -> dict[str, np.ndarray]:
+            if not expected:
+                feeds = {n: v.astype(np.float32) / 255 if n == "tile" else v for n, v in wanted.feeds.items()}
+                with jax.default_matmul_precision("highest"):
+                    expected.update(wanted.graph(*feeds.values()))
+                np.savez(self.home / "inputs.npz", **wanted.feeds)
+            return expected
+
+        for runtime in runtimes:
+            for precision in bits:
+                yield lambda runtime=runtime, precision=precision: self._row(wanted, runtime, precision, reference())
+
+    def _row(self, wanted: Wanted, runtime: str, precision: str, expected: Mapping[str, np.ndarray]) -> Row:
+        model = self._model(wanted.graph, runtime, precision)
+        outputs = self.home / "outputs.npz"
+        part = ENCODER if "tile" in wanted.feeds else wanted.label
+        sizes = (wanted.calls, self.repeats, self.threads)
+        case = Case(runtime, part, str(model), str(self.home / "inputs.npz"), precision, *sizes, str(outputs))
+        found = run_case(case)
+        arrays = np.load(outputs)
+        name = wanted.graph.outputs[-1]
+        return Row(wanted.label, runtime, precision, found, snr(expected[name], arrays[name]))
+
+    def _model(self, graph: Graph, runtime: str, precision: str) -> pathlib.Path:
+        """The graph as a file of a runtime; PyTorch's directory is made once."""
+        for path in self.home.glob("graph*"):
+            path.unlink()
+        if runtime == TFLITE:
+            path = self.home / "graph.tflite"
+            converter().convert([graph], path, PRECISIONS[precision].bits)
+            return path
+        if runtime == ONNX:
+            return write_onnx(graph, self.home, precision)
+        home = self.home / "torch"
+        if not home.exists():
+            write_torch(self.source, self.params, self.branch, home)
+        return home
+
+
+def _tile(side: int) -> dict[str, np.ndarray]:
+    return {"tile": picture(side, side, 0)[None]}
+
+
+def with_side(config: HyperVLConfig, side: int) -> HyperVLConfig:
+    """The same model with tiles of another side."""
+    changed = {f"vision_{branch}": dataclasses.replace(config.vision(branch), image_size=side) for branch in BRANCHES}
+    return dataclasses.replace(config, **changed, tiling=dataclasses.replace(config.tiling, tile_size=side))
+
+
+def resized(params: Mapping[str, Any], config: HyperVLConfig, whole: HyperVLConfig, branch: str) -> dict[str, Any]:
+    """A tower whose position embedding is stretched, bilinear, to a larger picture."""
+    tower = dict(params[vision_part(branch)])
+    old, new = (math.isqrt(each.vision(branch).num_patches) for each in (config, whole))
+    table = np.asarray(tower["position_embedding"])
+    grid = jax.image.resize(table.reshape(old, old, -1), (new, new, table.shape[-1]), "bilinear")
+    return tower | {"position_embedding": np.asarray(grid).reshape(new * new, -1)}
+
+
+def write_onnx(graph: Graph, home: pathlib.Path, precision: str) -> pathlib.Path:
+    """The graph in ONNX; int8 by ONNX Runtime's own dynamic quantisation. Raises `ArtifactError` without the extra."""
+    try:
+        from tools import onnx_files, onnx_graphs
+    except ImportError as error:
+        raise ArtifactError(
+            f"ONNX files need onnx and onnxruntime ({error}): pip install 'hypervl-jax[qnn]'"
+        ) from error
+    path = home / "graph.onnx"
+    onnx_files.save(onnx_graphs.onnx_graph(graph), path)
+    if precision == "float32":
+        return path
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    rounded = home / "graph_int8.onnx"
+    quantize_dynamic(
+        str(path), str(rounded), weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True
+    )
+    return rounded
+
+
+def write_torch(source: Source, params: Mapping[str, Any], branch: str, home: pathlib.Path) -> None:
+    """The model with one encoder as `tools.to_torch` writes it, weights and config alone."""
+    from hypervl_jax.models.huggingface import pending_tensors
+    from hypervl_jax.models.key_table import LFM2, model_tables
+
+    values = {"architectures": [LFM2.architecture], "dtype": "float32", "torch_dtype": "float32"}
+    values |= huggingface_files.FORMATS["lfm2"].config(source.config, branch, source.tokenizer)
+    tables = model_tables(source.config, branch, LFM2)
+    tensors = [tensor for part, table in tables.items() for tensor in pending_tensors(params[part], table)]
+    home.mkdir()
+    write_directory(home, values, tensors, "float32")
+
+
+def run_case(case: Case) -> Probe:
+    """Measures a case in a process of its own. Raises `ArtifactError` when it fails."""
+    command = [sys.executable, "-m", "tools.edge_probe", json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return Probe(**json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        said = done.stderr.strip().splitlines()[-1:] or [f"no result, exit status {done.returncode}"]
+        raise ArtifactError(f"{case.part} in {case.runtime}, {case.precision}: {said[0]}") from None
+
+
+def benchmark(bench: Bench, options: argparse.Namespace, progress: ReportProgress) -> list[Row]:
+    """All rows, graph after graph."""
+    work: list[Callable[[], Row]] = []
+    for wanted in bench.wanted(options.parts):
+        work += bench.rows(wanted, options.runtimes, options.precisions)
+    for wanted in bench.pictures(options.images):
+        work += bench.rows(wanted, (TFLITE,), options.precisions)
+    rows = []
+    for number, measure in enumerate(work):
+        progress(rows[-1].part if rows else "starting", number, len(work))
+        rows.append(measure())
+    return rows
+
+
+def show(rows: Sequence[Row]) -> Table:
+    """The rows, times as ratios to TFLite in float32 too."""
+    table = Table(caption="milliseconds and MiB above the libraries; ratio: time over that of TFLite float32")
+    for heading in ("part", "runtime", "precision", "ms", "slowest", "ratio", "first call", "MiB", "SNR dB"):
+        table.add_column(
+            heading, justify="left" if heading in ("part", "runtime", "precision") else "right", no_wrap=True
+        )
+    base = {
+        row.part: row.probe.milliseconds for row in reversed(rows) if row.runtime == TFLITE and row.precision == BITS[0]
+    }
+    for row in rows:
+        found = row.probe
+        ratio = f"{found.milliseconds / base[row.part]:.2f}" if row.part in base else ""
+        times = (f"{found.milliseconds:,.1f}", f"{found.slowest:,.1f}", ratio, f"{found.first:,.0f}")
+        table.add_row(
+            row.part, row.runtime, row.precision, *times, f"{found.peak_bytes / MIB:,.0f}", f"{row.snr_db:.1f}"
+        )
+    return table
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options. Ends the program with status 2 on anything else."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark_edge",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="a run's workdir or its checkpoints directory")
+    add("--step", type=int, help="checkpoint to read (default: the newest)")
+    add("--encoder", choices=BRANCHES, default=BRANCHES[0], help="default: %(default)s")
+    add("--parts", type=_list_of(PARTS), default=PARTS, metavar="LIST", help=f"of {','.join(PARTS)} (default: all)")
+    add("--runtimes", type=_list_of(RUNTIMES), default=RUNTIMES, metavar="LIST", help=f"of {','.join(RUNTIMES)}")
+    add("--precisions", type=_list_of(BITS), default=BITS, metavar="LIST", help=f"of {','.join(BITS)} (default: both)")
+    add("--images", type=_sides, default=(), metavar="LIST", help="sides of square pictures, tiles against one pass")
+    add("--slots", type=int, default=1024, metavar="N", help="of the cache (default: %(default)s)")
+    add("--prefill", type=int, default=128, metavar="N", help="positions of a prefill (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs; the median counts (default: %(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="of every runtime (default: %(default)s)")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    return parser.parse_args(arguments)
+
+
+def _list_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in text.split(","))
+        if set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
+
+
+def open_bench(options: argparse.Namespace, home: pathlib.Path) -> Bench:
+    """Reads the parameters of one branch and the decoder, or of the branch alone."""
+    source = open_source(options.checkpoint, options.step)
+    config, side = source.config, source.config.tiling.tile_size
+    for image in options.images:
+        require(image % side == 0, f"--images {image} is not a whole number of tiles of {side} pixels")
+    require(min(options.repeats, options.threads) >= 1, "--repeats and --threads must be at least 1")
+    require(options.slots > options.prefill > 1, f"--prefill {options.prefill} must be 2 or more, and below --slots")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract, _ = abstract_parameters(config, RUNTIME)
+    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    params = load_params(source.home, targets, source.step, branch_parts(options.encoder))
+    sizes = (options.slots, options.prefill, options.repeats, options.threads)
+    return Bench(source, params, options.encoder, *sizes, home)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = parse(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as name, progress_line() as progress:
+            rows = benchmark(open_bench(options, pathlib.Path(name)), options, progress)
+    except (ArtifactError, CheckpointError, ConfigError, TokenizerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILURE
+    if options.json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
+    else:
+        Console(width=120).print(show(rows))
+    return SUCCESS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What every exporter of edge artifacts reads and writes around its own files.
+
+checkpoint, compressor ─► parameters ─► graphs of each part        data/train ─► prompts to take ranges from
+golden prompts, data/heldout ─► JAX's answers, to compare with     report ─► golden arrays, report.json, manifest.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipelines.errors import RecordError
+from hypervl_jax.architecture import BRANCHES, DECODER, HyperVLConfig, projector_part, require, vision_part
+from hypervl_jax.models.compressor_io import SavedCompressor
+from hypervl_jax.text.tokenizer import Tokenizer
+from hypervl_jax.training.checkpoint import load_params
+from hypervl_jax.training.state import abstract_parameters
+from hypervl_jax.vision.decoding import decode_image
+from tools import artifacts, edge_graphs, evaluate, golden
+from tools.artifacts import Manifest
+from tools.edge_graphs import Graph
+from tools.edge_runtime import EdgeSettings
+from tools.golden import RUNTIME, Case, Golden
+from tools.quantisation import Precision, quantise
+from tools.to_torch import BOTH, Source, open_source
+
+HELDOUT, TRAIN = "heldout", "train"
+ENCODER = "encoder"
+PARTS = (ENCODER, DECODER)
+"""What can be exported by itself; the compressor goes along where one is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to read.
+
+    Attributes:
+        checkpoint: a run's workdir or its `checkpoints` directory.
+        step: the newest when None.
+        parts: of `PARTS`; only their parameters are read.
+        encoder: "base", "large" or "both".
+        vrc: the compressor that goes along.
+        prefill: lengths of the prefill graphs.
+        slots: of the cache, for prompt and answer.
+        data: root of sources with answers; `data/heldout/TASK` is compared on besides the golden prompts.
+        items: of each source.
+        calibrated: names of the precisions that take ranges from `data/train/TASK`.
+    """
+
+    checkpoint: str
+    step: int | None
+    parts: Sequence[str]
+    encoder: str
+    vrc: SavedCompressor | None
+    prefill: Sequence[int]
+    slots: int
+    data: str | None
+    items: int
+    calibrated: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Everything that is the same for all precisions."""
+
+    source: Source
+    settings: EdgeSettings
+    params: Mapping[str, Any]
+    vrc: SavedCompressor | None
+    cases: tuple[Case, ...]
+    references: Mapping[str, Mapping[str, Golden]]
+    calibration: tuple[Case, ...]
+
+
+def read(request: Request) -> Exported:
+    """Reads the checkpoint and the prompts, and lets JAX compute what the artifacts are compared with.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError, RecordError: an input is missing or of another kind.
+    """
+    prefill, slots, names = request.prefill, request.slots, request.calibrated
+    require(bool(prefill) and min(prefill) > 1, f"prefill lengths {list(prefill)} must be 2 or more")
+    require(slots > max(prefill), f"a cache of {slots} slots does not hold a prefill of {max(prefill)}")
+    source = open_source(request.checkpoint, request.step)
+    branches = (BRANCHES if request.encoder == BOTH else (request.encoder,)) if ENCODER in request.parts else ()
+    lengths = tuple(sorted(set(prefill))) if DECODER in request.parts else ()
+    settings = EdgeSettings(source.config, request.vrc.config if request.vrc else None, branches, lengths, slots)
+    require(not names or request.data is not None, f"{' and '.join(names)} take ranges from real records: give --data")
+    calibration = records(source, request.data, TRAIN, request.items) if names else ()
+    held_out = () if request.data is None else records(source, request.data, HELDOUT, request.items)
+    cases = (*golden.cases(source.config.tiling), *held_out)
+    params = _parameters(source, settings)
+    compute = golden.compute if settings.prefill and settings.branches else _encode_only
+    references = {
+        branch: {case.name: compute(case, source.config, params, source.tokenizer, branch) for case in cases}
+        for branch in settings.branches
+    }
+    return Exported(source, settings, params, request.vrc, cases, references, calibration)
+
+
+def _parameters(source: Source, settings: EdgeSettings) -> Mapping[str, Any]:
+    parts = {part(branch) for branch in settings.branches for part in (vision_part, projector_part)}
+    parts |= {DECODER} if settings.prefill else set()
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract, _ = abstract_parameters(source.config, RUNTIME)
+    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    return load_params(source.home, targets, source.step, sorted(parts))
+
+
+def _encode_only(
+    case: Case, config: HyperVLConfig, params: Mapping[str, Any], tokenizer: Tokenizer, branch: str
+) -> Golden:
+    """What JAX makes of a prompt's tiles, without a decoder."""
+    tiles, none = golden.tile_all(case.images, config.tiling), np.zeros(0, np.int32)
+    with jax.default_matmul_precision("highest"):
+        visual = np.asarray(golden.encode_tiles(tiles, config, params, branch))
+    return Golden(tiles, visual, none, np.zeros((0, 0), np.float32), none)
+
+
+def records(source: Source, data: str, split: str, items: int) -> tuple[Case, ...]:
+    """The first records of each held-out source, or of the source of that name in another split, with their first question.
+
+    Those of several questions about several images are left out: which image the first one is about stands in the others.
+
+    Raises:
+        RecordError: there is no held-out source.
+    """
+    root = pathlib.Path(data) / HELDOUT
+    tasks = sorted(path.name for path in root.glob("*") if path.is_dir())
+    if not tasks:
+        raise RecordError(f"{root} holds no sources; give the root of a data directory with a {HELDOUT} split")
+    fingerprint = source.tokenizer.fingerprint
+    return tuple(
+        Case(f"{task}_{number}", item.turns[0].text, tuple(map(decode_image, item.images)))
+        for task in tasks
+        for number, item in enumerate(evaluate.read_items(data, split, task, fingerprint, items))
+        if len(item.turns) == 1 or len(item.images) == 1
+    )
+
+
+# Graphs.
+
+
+def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], list[Graph]]]:
+    """The graphs of each part, made when they are called for."""
+    settings, params, config = made.settings, made.params, made.settings.config
+    files: dict[str, Callable[[], list[Graph]]] = {
+        f"encoder_{branch}": lambda branch=branch: [edge_graphs.encoder_graph(config, branch, params)]
+        for branch in settings.branches
+    }
+    if made.vrc is not None:
+        vrc = made.vrc
+        files["compressor"] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
+    if settings.prefill:
+        files["embedder"] = lambda: _embedders(params, settings, precision)
+        files["decoder"] = lambda: _decoders(params, settings)
+    return files
+
+
+def _embedders(params: Mapping[str, Any], settings: EdgeSettings, precision: Precision) -> list[Graph]:
+    bits = precision.others
+    table = None if bits is None else quantise(np.asarray(params[DECODER]["embedding"]), bits)
+    return [edge_graphs.embedder_graph(params, length, table) for length in (1, *settings.prefill)]
+
+
+def _decoders(params: Mapping[str, Any], settings: EdgeSettings) -> list[Graph]:
+    config, slots = settings.config.decoder, settings.slots
+    prefill = [edge_graphs.decoder_graph(config, params, length, slots, head=False) for length in settings.prefill]
+    return [*prefill, edge_graphs.decoder_graph(config, params, 1, slots, head=True)]
+
+
+# What stands beside the files of an artifact.
+
+
+def finish(
+    made: Exported,
+    kind: str,
+    dtype: str,
+    home: pathlib.Path,
+    report: Mapping[str, Any],
+    versions: Mapping[str, str],
+    target: Mapping[str, Any] | None = None,
+) -> None:
+    """Golden arrays, report and manifest; `target` is what stands in the shapes besides the settings."""
+    source, tiling = made.source, made.settings.config.tiling
+    shown = golden.cases(tiling)
+    arrays = {
+        f"{branch}/{key}": value
+        for branch, found in made.references.items()
+        for key, value in golden.arrays(found, shown).items()
+    }
+    artifacts.write_golden(home, arrays)
+    artifacts.write_json(home / artifacts.REPORT, report)
+    preprocessing = {
+        "tiling": dataclasses.asdict(tiling),
+        "pixels": "byte / 255, row, column, channel; the encoder and the compressor normalise inside",
+        "padding": "byte 128 in tiles, 0 in proxies; visual tokens wholly in padding are not in the prompt",
+        "mask": f"0 where a position is seen, {edge_graphs.MASKED_SCORE} where not; cached slots first, then the new positions",
+        "rotary": "cosine and sine of position · theta^(-2i/k), the half-width table written twice",
+        "prompts": [{"name": case.name, "question": case.question, "images": len(case.images)} for case in shown],
+    }
+    origin = artifacts.source_of(source.home, source.step, source.description)
+    shapes, parity = {**made.settings.to_json(), **(target or {})}, report["parts"]
+    artifacts.write_manifest(home, Manifest(kind, origin, shapes, dtype, preprocessing, versions, parity))
+
+
+# Options that all exporters have.
+
+
+def add_options(add: Callable[..., Any], precisions: Sequence[str]) -> None:
+    """Adds them by `add`, the `add_argument` of a parser; the first precision is the default."""
+    add("--checkpoint", metavar="DIR", required=True, help="a run's workdir or its checkpoints directory")
+    add("--step", type=int, help="checkpoint to read (default: the newest)")
+    add("--output", metavar="DIR", required=True, help="directory to make; must not exist, or be empty")
+    add("--parts", type=_list_of(PARTS), default=PARTS, metavar="LIST", help="encoder, decoder (default: both)")
+    add("--encoder", choices=(*BRANCHES, BOTH), default=BRANCHES[0], help="default: %(default)s")
+    add("--compressor", metavar="DIR", help="what tools.train_compressor wrote, to go with the model")
+    listed, default = _list_of(precisions), (precisions[0],)
+    add("--precision", type=listed, default=default, metavar="LIST", help=f"of {', '.join(precisions)}")
+    add("--prefill", type=_lengths, default=(128,), metavar="LIST", help="lengths of prefill graphs (default: 128)")
+    add("--slots", type=int, default=1024, metavar="N", help="positions the cache holds (default: %(default)s)")
+    add("--data", metavar="ROOT", help="compare on ROOT/heldout/TASK too, calibrate on ROOT/train/TASK")
+    add("--items", type=int, default=4, metavar="N", help="records of each source of --data (default: %(default)s)")
+    add("--json", action="store_true", help="print the reports as one JSON object")
+
+
+def _list_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(part.strip() for part in text.split(",") if part.strip())
+        if set(found) - set(names) or not found:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(names)}")
+        return found
+
+    return parse
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
