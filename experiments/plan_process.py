@@ -18,7 +18,7 @@ from jax.experimental import serialize_executable
 
 from experiments import plan_report
 from experiments.config import ExperimentConfig
-from experiments.planning import Compiled, CompilerFailed, Plan, hlo_text, plan
+from experiments.planning import Compiled, CompilerFailed, Plan, plan
 from hypervl_jax.planning.chips import Topology
 
 Arguments = ParamSpec("Arguments")
@@ -55,15 +55,14 @@ def _plan_and_save(
 
 
 def save(directory: pathlib.Path, made: Compiled) -> None:
-    """Writes plan.json and, when the step was compiled for it and fits, the executable as `jax` serializes it and its HLO, if that can be had.
+    """Writes plan.json and, when the step was compiled for it and fits, the executable as `jax` serializes it and its HLO.
 
     The executable is for people who trust its origin: reading it back (`serialize_executable.deserialize_and_load`) unpickles.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_text(json.dumps(plan_report.to_json(made.plan), indent=1))
     if made.executable is not None:
-        if text := hlo_text(made.executable):
-            (directory / "step.hlo.txt").write_text(text)
+        (directory / "step.hlo.txt").write_text(made.text)
         (directory / "step.executable").write_bytes(serialize_executable.serialize(made.executable)[0])
 
 

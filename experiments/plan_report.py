@@ -153,8 +153,7 @@ def _limits_table(plan: Plan) -> Table:
             continue
         amounts = (f"{arm.demand.flops / TERA:,.2f} TFLOP", *(f"{size / GB:,.3f} GB" for size in arm.demand[1:]))
         for limit, amount, seconds in zip(arm.floors._fields, amounts, arm.floors, strict=True):
-            known = limit == "arithmetic" or arm.collectives is not None
-            table.add_row(name_of(arm), limit, *((amount, f"{seconds:.4f}") if known else ("unknown", "unknown")))
+            table.add_row(name_of(arm), limit, amount, f"{seconds:.4f}")
         for total in collective_totals(arm):
             where = "between slices" if total["crosses_slices"] else "in the slice"
             calls, received = int(total["calls"]), total["received"] / GB

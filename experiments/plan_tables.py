@@ -63,8 +63,6 @@ def _arm_cells(plan: PlanObject, name: str) -> tuple[str, ...]:
     arm = plan["arms"][name]
     head = (plan["config"], plan["topology"], name, f"{arm['demand']['flops'] / TERA:.1f}")
     seconds = [f"{arm['floors'][floor]:.3f}" for floor in FLOORS]
-    if arm["collectives"] is None:
-        return (*head, "unknown", "unknown", seconds[0], *("" for _ in seconds[1:]))
     moves = (
         f"{total['kind']}{' between slices' if total['crosses_slices'] else ''} {total['received'] / GB:.1f}"
         for total in arm["collectives"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +66,7 @@ class Memory:
 class ArmPlan:
     """One arm of the step's switch: `compiled` and `useful` FLOPs over all devices, and what a device moves in a step.
 
-    The last three are None when the step does not fit. `collectives` alone is None when the program could not be read: then `demand`
-    has nothing but FLOPs, and the floor is that of arithmetic.
+    The last three are None when the step does not fit.
     """
 
     branches: tuple[str, ...]
@@ -118,10 +119,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A plan with the compiler's output; `executable` is None when the step does not fit."""
+    """A plan with the compiler's output, which is None when the step does not fit; `text` is the scheduled program in HLO."""
 
     plan: Plan
     executable: jax.stages.Compiled | None
+    text: str | None
 
 
 def mean_over_arms(consistency: ConsistencyConfig, values: list[float]) -> float:
@@ -166,13 +168,12 @@ def plan(
     run = config.training_run()
     traced, state, batch = trace_step(run, len(source_names(config.data)), mesh)
     counts = [flops.count_flops(traced.jaxpr, number) for number in range(len(config.consistency.arms))]
-    executable, needed = compile_traced(traced, mesh)
+    executable, text, needed = compile_traced(traced, mesh)
     memory = memory_of(state, batch, executable, needed, topology)
-    text = hlo_text(executable) if executable else None
     program = programs.parse_program(text) if text else None
-    arms = tuple(plan_arm(config, topology, number, count, memory.fits, program) for number, count in enumerate(counts))
+    arms = tuple(plan_arm(config, topology, number, count, program) for number, count in enumerate(counts))
     budget = stage_budget(config, topology, arms, mfu, price_per_chip_hour)
-    return Compiled(Plan(config, topology, dict(mesh.shape), memory, arms, budget), executable)
+    return Compiled(Plan(config, topology, dict(mesh.shape), memory, arms, budget), executable, text)
 
 
 def stage_budget(
@@ -205,27 +206,28 @@ def replan(made: Plan, config: ExperimentConfig, mfu: float, price: float | None
     return dataclasses.replace(made, config=config, budget=stage_budget(config, made.topology, made.arms, mfu, price))
 
 
-def compile_traced(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Compiled | None, int]:
-    """The executable and 0; or None and the bytes that a device would need, when the compiler says that HBM does not suffice.
+def compile_traced(
+    traced: jax.stages.Traced, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Compiled | None, str | None, int]:
+    """The executable, its HLO and 0; or Nones and the bytes that a device would need, when the compiler says that HBM does not suffice.
 
-    Raises `CompilerFailed` when it says anything else.
+    The text is what the compiler writes down as it works: `executable.as_text()` fails at some programs for v5p and v6e, whose
+    gathers run on their SparseCores (libtpu 0.0.52).
+
+    Raises `CompilerFailed` when the compiler says anything else.
     """
-    try:
-        with jax.set_mesh(mesh):
-            return traced.lower().compile(), 0
-    except jax.errors.JaxRuntimeError as error:
-        needed = out_of_memory(str(error))
-        if needed is None:
-            raise CompilerFailed(str(error).splitlines()[0]) from error
-        return None, needed
-
-
-def hlo_text(executable: jax.stages.Compiled) -> str | None:
-    """The compiled program; None where libtpu cannot write it down: 0.0.52 fails at some asynchronous instructions of v5p and v6e."""
-    try:
-        return executable.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            with jax.set_mesh(mesh):
+                options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+                executable = traced.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            needed = out_of_memory(str(error))
+            if needed is None:
+                raise CompilerFailed(str(error).splitlines()[0]) from error
+            return None, None, needed
+        (path,) = pathlib.Path(directory).glob("*train_step*.after_optimizations.txt")
+        return executable, path.read_text(), 0
 
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
@@ -266,20 +268,17 @@ def plan_arm(
     topology: Topology,
     number: int,
     compiled: flops.Tally,
-    fits: bool,
     program: programs.Program | None,
 ) -> ArmPlan:
-    """What one arm of the step's switch costs, given its counted FLOPs; of a step that fits and cannot be read only the arithmetic."""
+    """What one arm of the step's switch costs, given its counted FLOPs; only those of a step that does not fit."""
     arm = config.consistency.arms[number]
     needed = useful_flops(config, arm)
-    arithmetic = sum(compiled.values()) / topology.num_devices
     if program is None:
-        demand = bounds.Demand(arithmetic) if fits else None
-        return ArmPlan(arm, compiled, needed, None, demand, demand and bounds.floors(topology.chip, demand))
+        return ArmPlan(arm, compiled, needed, None, None, None)
     moves = tuple(programs.collectives(program, number, topology.slices))
     received = {crosses: sum(move.received for move in moves if move.crosses == crosses) for crosses in (False, True)}
     demand = bounds.Demand(
-        arithmetic,
+        sum(compiled.values()) / topology.num_devices,
         programs.hbm_bytes(program, number),
         received[False],
         received[True],

@@ -184,7 +184,7 @@ def run(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> li
             errors.print(f"{name} runs the program of {known.config.name} on {wanted.name}: not compiled again")
             made = replan(known, config, options.mfu, options.price_per_chip_hour)
             if directory:
-                plan_process.save(directory, Compiled(made, None))
+                plan_process.save(directory, Compiled(made, None, None))
         show(options, made)
         plans.append(made)
     return plans
