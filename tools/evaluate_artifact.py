@@ -34,6 +34,8 @@ from tools.artifacts import ArtifactError, read_manifest, source_of
 from tools.evaluate import read_items
 from tools.golden import RUNTIME
 from tools.label_resolutions import ReportProgress, progress_line
+from tools.qnn_chips import EXTRA
+from tools.qnn_chips import KIND as QNN
 
 FAILURE, SUCCESS = 1, 0
 TORCH = "torch"
@@ -88,9 +90,9 @@ def systems_of(directory: pathlib.Path, branch: str, tilings: Sequence[str]) -> 
         name = lambda tiling: directory.name if tiling == TILINGS[0] else f"{directory.name}, tiles of {tiling}"
         opened = {each: lambda each=each: _torch(directory, each) for each in tilings}
         return [System(name(each), source, tokenizer, opened[each]) for each in tilings]
-    if kind == edge_runtime.KIND:
+    if kind in (edge_runtime.KIND, QNN):
         tokenizer = load_tokenizer(directory / edge_runtime.TOKENIZER)
-        return [System(directory.name, source, tokenizer, lambda: _edge(directory, branch))]
+        return [System(f"{kind} {directory.name}", source, tokenizer, lambda: _edge(directory, kind, branch))]
     raise ArtifactError(f"{directory} is an artifact for {kind}, which cannot be asked questions on this machine")
 
 
@@ -102,14 +104,23 @@ def _torch(directory: pathlib.Path, tiling: str) -> Answer:
     return torch_answers.open_answers(directory, tiling)
 
 
-def _edge(directory: pathlib.Path, branch: str) -> Answer:
-    model = edge_runtime.open_model(directory)
+def _edge(directory: pathlib.Path, kind: str, branch: str) -> Answer:
+    """TFLite by ai-edge-litert; QNN on the simulator of onnxruntime-qnn."""
+    model = edge_runtime.open_model(directory) if kind == edge_runtime.KIND else _open_qnn(directory)
 
     def answer(item: Item, new_tokens: int) -> str:
         images = [decode_image(image) for image in item.images]
         return model.answer(item.turns, images, branch, 1.0, new_tokens)[0]
 
     return answer
+
+
+def _open_qnn(directory: pathlib.Path) -> edge_runtime.EdgeModel:
+    try:
+        from tools import qnn_artifact
+    except ImportError as error:
+        raise ArtifactError(EXTRA) from error
+    return qnn_artifact.open_model(directory)
 
 
 def evaluate(
@@ -184,7 +195,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("directories", metavar="DIR", nargs="+", type=pathlib.Path, help="what tools.to_torch or export_tflite wrote")
+    add(
+        "directories",
+        metavar="DIR",
+        nargs="+",
+        type=pathlib.Path,
+        help="what to_torch, export_tflite or export_qnn wrote",
+    )
     add("--data", required=True, metavar="ROOT", help="holds SPLIT/TASK, as for tools.evaluate")
     add("--split", default="heldout", help="default: %(default)s")
     add("--tasks", default="digits,documents,charts,scenes", metavar="LIST", help="default: %(default)s")

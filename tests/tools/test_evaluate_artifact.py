@@ -71,11 +71,11 @@ def test_float32_scores_as_the_checkpoint_and_four_bits_less(home: Path, capsys:
     assert list(found) == [TASK, "all"]
     row = found[TASK]
     # Answers that the task's limit of tokens cuts, and the one that is no answer, score nothing.
-    assert 0.3 < row["jax"]["score"]["mean"] == row["float32"]["score"]["mean"] < 1
-    assert row["float32"]["difference"]["mean"] == 0
-    assert row["int4"]["difference"]["mean"] < 0
+    assert 0.3 < row["jax"]["score"]["mean"] == row["tflite float32"]["score"]["mean"] < 1
+    assert row["tflite float32"]["difference"]["mean"] == 0
+    assert row["tflite int4"]["difference"]["mean"] < 0
     assert run(home, both[0], "--limit", "2") == 0
-    assert "differences to float32" in capsys.readouterr().out
+    assert "differences to tflite float32" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_one_sentence(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
