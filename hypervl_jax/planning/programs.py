@@ -1,6 +1,6 @@
 """What a compiled TPU program moves, read from its HLO text: collectives by kind, bytes over HBM, each times its loops' trips.
 
-The text of `compiled.as_text()` is scheduled and has buffers assigned: a shape with S(n) in its layout lies in on-chip memory, all
+The text, as the compiler writes it down after its last pass, is scheduled and has buffers assigned: a shape with S(n) in its layout lies in on-chip memory, all
 others in HBM. The compiler spreads an asynchronous collective over several fusions that carry one channel id, also into loops that
 only hide it; it is counted once, where it starts.
 Between slices it moves data by pairs of `send` and `recv` through the hosts, marked `_xla_megascale_transfer_type`.
@@ -77,7 +77,7 @@ class Collective(NamedTuple):
 
 
 def parse_program(text: str) -> Program:
-    """The program of `compiled.as_text()`."""
+    """The program of a compiled module's text."""
     computations, entry, current = {}, "", {}
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -282,8 +282,12 @@ _MOVES_NOTHING = frozenset(
         "call",
         "after-all",
         "partition-id",
+        "async-start",
+        "async-update",
     ]
 )
+"""What an asynchronous instruction moves is in the computation that it calls."""
+
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 

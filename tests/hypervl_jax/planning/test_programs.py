@@ -108,6 +108,27 @@ def test_traffic_counts_updates_in_place_once_a_trip() -> None:
     assert hbm_bytes(parse_program(LOOP), 0) == 6 * (64 * 4) + 2 * 64
 
 
+ASYNC = """
+HloModule asynchronous, is_scheduled=true
+
+%slicing (param.1: u8[2,512]) -> u8[1,512] {
+  %param.1 = u8[2,512]{1,0} parameter(0)
+  ROOT %slice.1 = u8[1,512]{1,0:S(1)} slice(%param.1), slice={[1:2], [0:512]}
+}
+
+ENTRY %main (arg.2: u8[2,512]) -> u8[1,512] {
+  %arg.2 = u8[2,512]{1,0} parameter(0)
+  %start.2 = ((u8[2,512]{1,0}), u8[1,512]{1,0:S(1)}, s32[]{:S(2)}) async-start(%arg.2), calls=%slicing
+  ROOT %done.2 = u8[1,512]{1,0:S(1)} async-done(%start.2)
+}
+"""
+
+
+def test_an_asynchronous_operation_moves_what_its_computation_moves() -> None:
+    # One row is read from HBM into on-chip memory.
+    assert hbm_bytes(parse_program(ASYNC), 0) == 512
+
+
 def test_known_trip_count_comes_first() -> None:
     known = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert collectives(parse_program(known))[0].times == 5
