@@ -68,7 +68,7 @@ class DataConfig:
         changes: shares that change at a step. No source's place in its own order moves.
         epoch_limit: times that any source is read at most; 0 is no limit.
         epoch_limits: other limits for single sources.
-        over_limit: `stop` ends the run with a message when a source is at its limit; `reweight` gives its share to the others.
+        over_limit: `stop` ends the run with a message when all lanes of a host have used up a source; `reweight` goes on with the others.
         window: samples that wait at most, in each lane, for a row they fit into.
         oversize: `split` cuts a record that no row can hold at turn (plain text: paragraph) boundaries; `drop` leaves it out.
         workers: processes that read and decode; 0 reads in this process. Rows do not depend on it.

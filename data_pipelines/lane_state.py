@@ -123,6 +123,21 @@ class LaneState:
         """Length of the vector."""
         return _HEADER + (_COUNTERS + _DUE_WORDS) * sources + window
 
+    @staticmethod
+    def step(vectors: Int32[np.ndarray, "b k"]) -> int:
+        """The next step of lanes, which all have made as many rows."""
+        return int(vectors[0, 1])
+
+    @staticmethod
+    def drawn(vectors: Int32[np.ndarray, "b k"], source: int) -> Int32[np.ndarray, "b"]:
+        """Records that each lane has drawn from a source."""
+        return vectors[:, _HEADER + _COUNTERS * source]
+
+    def waits_for(self, source: int) -> bool:
+        """Whether a sample of a source was drawn and is not yet in a row."""
+        waiting = [*self.pending, *([self.unfinished] if self.unfinished else [])]
+        return any(sample.source == source for sample in waiting)
+
     def to_vector(self, check: int, window: int) -> Int32[np.ndarray, "k"]:
         """The state as integers; unused places of the window are 0."""
         word = lambda waiting: waiting.to_word(self.counters[waiting.source].drawn)

@@ -111,18 +111,19 @@ class LaneLoader:
 
         Raises:
             ConfigError: the states are not of these lanes, this mixture and this seed.
-            SourceFailed: while iterating, when a source passes `failure_limit` or its epoch limit.
+            SourceFailed: while iterating, when a source passes `failure_limit`.
+            SourceExhausted: while iterating, after the batch with which this host's lanes have used up a source that ends the run.
             WorkerDied: while iterating, when a worker process was killed.
         """
         lane_states = np.asarray(lane_states, np.int32)
         self._check_states(lane_states)
         workers = min(self.mixture.config.workers, len(self.lanes))
         if not workers:
-            return (loaded for loaded in LaneRows(self.mixture, self.lanes, lane_states))
+            return self._within_limits(LaneRows(self.mixture, self.lanes, lane_states), lane_states)
         parts = [LaneRows(self.mixture, self.lanes[w::workers], lane_states[w::workers]) for w in range(workers)]
         from data_pipelines.workers import close_at_exit  # imports grain, which imports jax where it can
 
-        return close_at_exit(self._merged(parts))
+        return close_at_exit(self._merged(parts, lane_states))
 
     def report(self, lane_states: Int32[np.ndarray, "b k"]) -> dict[str, SourceCounters]:
         """What became of the samples of each source, summed over the given lanes."""
@@ -131,12 +132,23 @@ class LaneLoader:
         sums = [np.sum([dataclasses.astuple(lane[s]) for lane in lanes], axis=0).tolist() for s in range(len(sources))]
         return {source.name: SourceCounters(*values) for source, values in zip(sources, sums, strict=True)}
 
-    def _merged(self, parts: list[LaneRows]) -> Generator[LoadedBatch, None, None]:
+    def _within_limits(
+        self, batches: Iterator[LoadedBatch], lane_states: Int32[np.ndarray, "b k"]
+    ) -> Generator[LoadedBatch, None, None]:
+        """The batches, as long as there is something to read for the lanes of this host together."""
+        self.mixture.check_limits(self.lanes, lane_states)
+        for loaded in batches:
+            yield loaded
+            self.mixture.check_limits(self.lanes, loaded.lane_states)
+
+    def _merged(
+        self, parts: list[LaneRows], lane_states: Int32[np.ndarray, "b k"]
+    ) -> Generator[LoadedBatch, None, None]:
         """Batches put together from the workers' rows; worker w has every lane from w on in steps of their number."""
         from data_pipelines.workers import worker_steps
 
         with contextlib.closing(worker_steps(parts, self.mixture.config.prefetch)) as steps:
-            yield from map(self._assembled, steps)
+            yield from self._within_limits(map(self._assembled, steps), lane_states)
 
     def _assembled(self, parts: Sequence[LoadedBatch]) -> LoadedBatch:
         """A copy of the workers' rows in the order of the lanes."""

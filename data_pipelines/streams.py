@@ -108,6 +108,39 @@ class Mixture:
         """Whether a lane's `draw`-th draw would read a source more often than it may be read."""
         return self.place(lane, draw) >= self.limits[source]
 
+    def check_limits(self, lanes: Sequence[int], lane_states: Int32[np.ndarray, "b k"]) -> None:
+        """Raises `SourceExhausted` when the given lanes have used up what ends a run.
+
+        With `over_limit` `stop` that is any source that has a share in the next step; with `reweight` it is all of them.
+        """
+        step = LaneState.step(lane_states)
+        active = [source for source, weight in enumerate(self.period(step).weights) if weight]
+        used_up = [source for source in active if self._used_up(source, lanes, lane_states)]
+        if used_up and self.config.over_limit == STOP:
+            drawn = int(LaneState.drawn(lane_states, used_up[0]).sum())
+            raise SourceExhausted(
+                f"{self.limit_fact(used_up[0], step)}: {drawn:,} records by the rows of this host (data.epoch_limit, data.epoch_limits). "
+                f"Bring more of it, lower its share, let it leave earlier by data.changes, raise the limit (with --accept-changes), or "
+                f"give its share to the others by --config.data.over_limit=reweight; `python -m tools.plan_data` says beforehand how far each source reaches"
+            )
+        if used_up == active:
+            raise SourceExhausted(
+                f"at step {step} every source of the mixture was read as often as data.epoch_limit allows; bring more data, raise the limit, or end the run there"
+            )
+
+    def limit_fact(self, source: int, step: int) -> str:
+        """That a source was read as often as it may be."""
+        times = self.config.epochs_allowed()[source]
+        return f"source {self.sources[source].name!r} was read {times:g} times by step {step}, its limit"
+
+    def _used_up(self, source: int, lanes: Sequence[int], lane_states: Int32[np.ndarray, "b k"]) -> bool:
+        """Whether lanes have drawn all that they may of a source, and no sample of it still waits for a row."""
+        places = LaneState.drawn(lane_states, source).astype(np.int64) * self.lanes + np.array(lanes)
+        if (places < self.limits[source]).any():
+            return False
+        states = (LaneState.from_vector(vector, len(self.sources)) for vector in lane_states)
+        return not any(state.waits_for(source) for state in states)
+
     def sample(self, lane: int, source: int, draw: int) -> Sample:
         """The sample that a lane gets at its `draw`-th draw from a source; a whole record."""
         place, opened, seed = self.place(lane, draw), self.sources[source], self.config.seed
@@ -187,10 +220,9 @@ class Lane:
         self._parts = mixture.waiting(lane, unfinished) if unfinished else []
 
     def plan(self) -> list[Sample]:
-        """The samples of the next row; the state moves behind it.
+        """The samples of the next row, none when the lane may draw no more; the state moves behind it.
 
         Raises:
-            SourceExhausted: a source is at its epoch limit, and `data.over_limit` is `stop`.
             SourceFailed: too many records in a row fit no row.
         """
         self._enter(self._mixture.period(self._state.rows))
@@ -230,12 +262,14 @@ class Lane:
             self._state.weights_word, self._state.due = period.word, list(period.phases[self._lane])
             self._weights = list(period.weights)
 
-    def _draw(self) -> Sample:
-        """The next sample that fits a row of its own; others are dropped and counted."""
+    def _draw(self) -> Sample | None:
+        """The next sample that fits a row of its own, None when no source may be read any more; others are dropped and counted."""
         for _ in range(_MAX_DROPS):
             if self._parts:
                 return self._parts.pop(0)
             source = self._next_source()
+            if source is None:
+                return None
             counter = self._state.counters[source]
             whole = self._mixture.sample(self._lane, source, counter.drawn)
             counter.drawn += 1
@@ -248,31 +282,20 @@ class Lane:
             f"raise batch.length or batch.tiles"
         )
 
-    def _next_source(self) -> int:
-        """The source whose turn it is and that may still be read."""
+    def _next_source(self) -> int | None:
+        """The source whose turn it is and that this lane may still read.
+
+        One that it may not gives its share to the others, in this lane; `Mixture.check_limits` says whether the run ends for it.
+        """
         while any(self._weights):
             source = mixtures.next_source(self._weights, self._state.due)
             if not self._mixture.at_limit(self._lane, source, self._state.counters[source].drawn):
                 return source
-            self._exhausted(source)
-        raise SourceExhausted(
-            f"at step {self._state.rows} every source of the mixture was read as often as data.epoch_limit allows; bring more data, raise the limit, or end the run there"
-        )
-
-    def _exhausted(self, source: int) -> None:
-        """A source is at its limit: stops, or gives its share to the others."""
-        config, name = self._mixture.config, self._mixture.sources[source].name
-        fact = (
-            f"source {name!r} was read {config.epochs_allowed()[source]:g} times by step {self._state.rows}, its limit"
-        )
-        if config.over_limit == STOP:
-            raise SourceExhausted(
-                f"{fact} (data.epoch_limit, data.epoch_limits). Bring more of it, lower its share, let it leave earlier by data.changes, raise the limit (with --accept-changes), or "
-                f"give its share to the others by --config.data.over_limit=reweight; `python -m tools.plan_data` says beforehand how far each source reaches"
-            )
-        if self._lane == 0:
-            logging.getLogger(__name__).warning("%s; the other sources get its share", fact)
-        self._weights[source] = 0
+            if self._lane == 0:
+                fact = self._mixture.limit_fact(source, self._state.rows)
+                logging.getLogger(__name__).warning("%s, in lane 0; the other sources get its share there", fact)
+            self._weights[source] = 0
+        return None
 
 
 def _waiting(sample: Sample) -> Waiting:

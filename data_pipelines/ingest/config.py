@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from data_pipelines.ingest.errors import IngestError
 from hypervl_jax.vision.decoding import MAX_PIXELS
 
 SAME_IMAGE_RULES = ("drop", "same_text", "keep")
+IMAGES_RULES = ("any", "required", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,19 @@ class ScorerConfig:
     minimum: float | None = None
     maximum: float | None = None
 
+    def __post_init__(self) -> None:
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        _require(low <= high, f"scorer {self.name!r}: minimum", self.minimum, f"no more than maximum, {self.maximum}")
+
 
 @dataclasses.dataclass(frozen=True)
 class FieldNames:
     """Names under which a source may keep a field; the first that a sample has is taken.
 
     Attributes:
-        images: one picture or a list; bytes, or Hugging Face's `{"bytes": …, "path": …}`.
+        images: one picture or a list; bytes, or Hugging Face's `{"bytes": …, "path": …}`. A name with `*`, such as `image_*`, takes
+            all fields that match, in the order of their numbers.
         conversation: a list of turns, `from`/`value` (LLaVA), `role`/`content` (chat) or `user`/`assistant` (The Cauldron).
         question: with `answer`, one turn each.
         answer: a text, or a list of which the commonest is taken.
@@ -47,6 +55,7 @@ class FieldNames:
         url: where the sample came from; kept in the metadata and held against the opt-out list.
         licence: of the sample.
         language: of the sample, a BCP 47 tag.
+        ignored: fields that hold pictures which are left out on purpose; any other picture that is not used is a failure.
     """
 
     images: tuple[str, ...] = ("images", "image", "jpg", "jpeg", "png", "webp", "gif", "img")
@@ -58,6 +67,7 @@ class FieldNames:
     url: tuple[str, ...] = ("url", "source_url", "image_url")
     licence: tuple[str, ...] = ("licence", "license")
     language: tuple[str, ...] = ("language", "lang")
+    ignored: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +76,10 @@ class IngestConfig:
 
     Attributes:
         fields: names of the source's fields.
+        images: `required`, a sample without a picture is a failure; `none`, one with a picture is; or `any`.
         prompt: what the user says of a captioned picture; empty, the picture alone is the user's turn.
         failure_limit: the ingest stops when more than this share of the samples cannot be read.
+        damaged_files: the ingest stops when more files than this are damaged: each may have lost any number of samples.
         min_side: pixels; the shorter side of every picture has at least as many.
         max_pixels: of one picture.
         max_aspect: longer side over shorter side.
@@ -87,16 +99,20 @@ class IngestConfig:
         text_similarity: texts without a picture whose word sets of 5-grams have at least this Jaccard similarity (estimated
             by MinHash) are near duplicates; 0 looks for none.
         permutations: of MinHash; the estimate's standard error is at most 1 / (2 √permutations).
-        held_out: source directories or JSON Lines (`decontamination`) whose pictures and questions are kept out.
+        held_out: source directories or JSON Lines (`lists`) whose pictures and questions are kept out.
         held_out_distance: as `image_distance`, against the held-out pictures.
         held_out_words: a question that shares so many words in a row with a held-out question is left out.
+        held_out_repeats: words in a row that the questions of more held-out pictures than this share are a template, and are not
+            looked for; in a list of under 50 entries, of more than a tenth of them (at least two).
         earlier: directories of sources that were ingested before; what they hold is a duplicate here.
         opt_out: files with one URL, domain, SHA-256 of a picture or content hash a line.
     """
 
     fields: FieldNames = dataclasses.field(default_factory=FieldNames)
+    images: str = "any"
     prompt: str = ""
     failure_limit: float = 0.05
+    damaged_files: int = 0
     min_side: int = 32
     max_pixels: int = MAX_PIXELS
     max_aspect: float = 20.0
@@ -115,14 +131,18 @@ class IngestConfig:
     held_out: tuple[str, ...] = ()
     held_out_distance: int = 3
     held_out_words: int = 8
+    held_out_repeats: int = 5
     earlier: tuple[str, ...] = ()
     opt_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _require(self.images in IMAGES_RULES, "images", self.images, " or ".join(IMAGES_RULES))
         _require(0 <= self.failure_limit <= 1, "failure_limit", self.failure_limit, "a share in 0..1")
+        _require(self.damaged_files >= 0, "damaged_files", self.damaged_files, "at least 0")
         _require(self.min_side >= 1, "min_side", self.min_side, "at least 1")
         _require(1 <= self.max_pixels <= MAX_PIXELS, "max_pixels", self.max_pixels, f"in 1..{MAX_PIXELS}")
         _require(self.max_aspect >= 1, "max_aspect", self.max_aspect, "at least 1")
+        _require(0 <= self.blank_deviation <= 127, "blank_deviation", self.blank_deviation, "in 0..127 grey levels")
         _require(0 <= self.repeated_ngrams <= 1, "repeated_ngrams", self.repeated_ngrams, "a share in 0..1")
         _require(-1 <= self.image_distance <= 8, "image_distance", self.image_distance, "in -1..8")
         _require(0 <= self.held_out_distance <= 8, "held_out_distance", self.held_out_distance, "in 0..8")
@@ -130,6 +150,21 @@ class IngestConfig:
         _require(0 <= self.text_similarity <= 1, "text_similarity", self.text_similarity, "in 0..1")
         _require(16 <= self.permutations <= 1024, "permutations", self.permutations, "in 16..1024")
         _require(self.held_out_words >= 3, "held_out_words", self.held_out_words, "at least 3")
+        _require(self.held_out_repeats >= 1, "held_out_repeats", self.held_out_repeats, "at least 1")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        _require(self.min_characters >= 0, "min_characters", self.min_characters, "at least 0")
+        _require(
+            self.max_characters >= max(1, self.min_characters),
+            "max_characters",
+            self.max_characters,
+            f"at least 1 and at least min_characters, {self.min_characters}",
+        )
+        _require(self.language_characters >= 0, "language_characters", self.language_characters, "at least 0")
+        _require(self.leaked_words >= 0, "leaked_words", self.leaked_words, "at least 0")
+        names = [scorer.name for scorer in self.scorers]
+        _require(len(set(names)) == len(names), "scorers", names, "of different names")
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:

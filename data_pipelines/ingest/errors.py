@@ -21,6 +21,10 @@ class Skip(ValueError):
         self.failure = failure
 
 
+FILE_DAMAGED = "file_damaged"
+"""Reason of the one skip that stands for all that a damaged file has lost: nobody knows how many samples that is."""
+
+
 def unreadable(reason: str, detail: str = "") -> Skip:
     """A skip that counts against the source's failure limit."""
     return Skip(reason, detail, failure=True)

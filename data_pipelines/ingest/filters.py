@@ -12,7 +12,7 @@ import py3langid.langid
 from jaxtyping import UInt8
 
 from data_pipelines.ingest.config import IngestConfig
-from data_pipelines.ingest.errors import Skip, unreadable
+from data_pipelines.ingest.errors import IngestError, Skip, unreadable
 from data_pipelines.ingest.signatures import words
 from data_pipelines.records import Record
 from hypervl_jax.text.conversation import IMAGE_SLOT
@@ -64,7 +64,8 @@ def _deviation(rgb: UInt8[np.ndarray, "h w 3"]) -> float:
 
 
 def check_text(record: Record, config: IngestConfig) -> None:
-    """Lengths, repetition, an answer that stands in its question. Raises `Skip`."""
+    """Words that mean something to the chat template, lengths, repetition, an answer that stands in its question. Raises `Skip`."""
+    _check_marks(record)
     answers = [turn.text for turn in record.turns if turn.role == "assistant"]
     if sum(map(len, answers)) < config.min_characters:
         raise Skip("text_too_short")
@@ -74,6 +75,15 @@ def check_text(record: Record, config: IngestConfig) -> None:
         raise Skip("repetitive")
     if config.leaked_words and _leaked(record, config.leaked_words):
         raise Skip("answer_leaked")
+
+
+def _check_marks(record: Record) -> None:
+    """A sound text, of HTML or of another model's reasoning, may hold what the template cannot tell from its own marks."""
+    for turn in record.turns:
+        if turn.role != "user" and IMAGE_SLOT in turn.text:
+            raise Skip("image_mark_in_text", f"{IMAGE_SLOT} in a turn of the {turn.role}")
+        if turn.role == "assistant" and "</think>" in turn.text:
+            raise Skip("reasoning", "</think> in an answer")
 
 
 def repeated_share(tokens: Sequence[str]) -> float:
@@ -109,6 +119,14 @@ def with_language(record: Record, config: IngestConfig) -> Record:
     if config.languages and language != "und" and language.partition("-")[0] not in config.languages:
         raise Skip("language", language)
     return dataclasses.replace(record, language=language)
+
+
+def check_languages(config: IngestConfig) -> None:
+    """Raises `IngestError` for a tag of `config.languages` that is never detected: all of its records would be left out."""
+    known = set(map(str, _identifier().nb_classes)) if config.languages else set()
+    for tag in config.languages:
+        if tag not in known:
+            raise IngestError(f"languages: {tag!r} is none of py3langid's tags, which are {', '.join(sorted(known))}")
 
 
 def detect_language(record: Record, least: int) -> str | None:

@@ -4,7 +4,8 @@
     2. staged rows ─► exact duplicates ─► near duplicates ─► group by shard ─► shards and their indexes
     3. the manifest, from what 1 and 2 left; written last
 
-A restart takes finished units and shards as they are and does the rest, so it ends with the same bytes.
+A restart takes finished units and shards as they are and does the rest, so it ends with the same bytes. Before 2 the run makes the
+output its own, so that of two runs into one output only one writes there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.tokenizer import Tokenizer
 
 _NAMESPACE = "ingest"
+_LIMITS = ("failure_limit", "damaged_files")
 _OUR_ERROR = re.compile(r"(?:IngestError|StorageError): (.+?)(?: \[while running|\n|$)")
 
 
@@ -74,22 +76,38 @@ def run(ingest: Ingest, options: PipelineOptions) -> Manifest:
 
     Raises:
         IngestError: the source cannot be read, too many of its samples cannot, nothing is left after filtering, the output
-            is a complete source already, or an unfinished ingest had other settings.
+            is a complete source already or that of another run, or an unfinished ingest had other settings or other files.
     """
-    if storage.exists(storage.join(ingest.output, MANIFEST)):
-        raise IngestError(f"{ingest.output} already holds a complete source; remove it or name another output")
+    _check_incomplete(ingest.output)
     units = tuple(make_reader(ingest.source, ingest.options).units())
     if not units:
         raise IngestError(f"{ingest.source} holds nothing of that kind; check the location")
     exclusions = lists.compile_lists(ingest.config)
     staging.open_staging(ingest.staging, _settings(ingest, units, exclusions))
+    staging.check_owner(ingest.output, ingest.staging)
     exclusions.save(exclusions_path(ingest.staging))
     staging.write_tokenizer(ingest.staging, ingest.tokenizer)
     reading = _reading(ingest, units)
     reports = _stage_units(reading, options)[: len(units)]
     _check_reports(reports, ingest.config)
+    _claim(ingest)
     selection = _write_shards(ingest, reading.count, options)
     return _finish(ingest, reports, selection)
+
+
+def _check_incomplete(output: str) -> None:
+    if storage.exists(storage.join(output, MANIFEST)):
+        raise IngestError(f"{output} already holds a complete source; remove it or name another output")
+
+
+def _claim(ingest: Ingest) -> None:
+    """Makes the output ours. Another run may have completed it since the first look."""
+    staging.claim(ingest.output, ingest.staging)
+    try:
+        _check_incomplete(ingest.output)
+    except IngestError:
+        staging.release(ingest.output)
+        raise
 
 
 def beam_options(runner: str, workers: int, flags: Sequence[str] = ()) -> PipelineOptions:
@@ -119,13 +137,14 @@ def _reading(ingest: Ingest, units: tuple[str, ...]) -> Reading:
 
 
 def _settings(ingest: Ingest, units: tuple[str, ...], exclusions: lists.Exclusions) -> dict[str, Any]:
-    """Everything that the records depend on: not the failure limit, which may be raised when a run has stopped for it."""
-    config = {name: value for name, value in dataclasses.asdict(ingest.config).items() if name != "failure_limit"}
+    """Everything that the records depend on: not the limits, which may be raised when a run has stopped for one."""
+    config = {name: value for name, value in dataclasses.asdict(ingest.config).items() if name not in _LIMITS}
     arrays = (exclusions.opt_out, exclusions.pictures, exclusions.questions)
     return {
         "source": ingest.source,
         "options": dict(ingest.options),
         "units": hashlib.sha256("\0".join(units).encode()).hexdigest(),
+        "state of the source's files": _files_digest(ingest, units),
         "earlier": [shard.checksum for shard in earlier_shards(ingest.config.earlier)],
         "tags": dataclasses.asdict(ingest.tags),
         "licence": ingest.licence,
@@ -135,6 +154,12 @@ def _settings(ingest: Ingest, units: tuple[str, ...], exclusions: lists.Exclusio
         "tiling": dataclasses.asdict(ingest.tiling),
         "shard_bytes": ingest.shard_bytes,
     }
+
+
+def _files_digest(ingest: Ingest, units: Sequence[str]) -> str:
+    """SHA-256 of size and version of the files that the units are, or that they are parts of."""
+    files = units if all("/" in unit for unit in units) else storage.expand(ingest.source.partition(":")[2])
+    return hashlib.sha256(json.dumps(storage.versions(files), sort_keys=True).encode()).hexdigest()
 
 
 class _StageUnit(beam.DoFn):
@@ -280,8 +305,11 @@ def _finish(ingest: Ingest, reports: Iterable[staging.UnitReport], selection: Ma
         raise IngestError(
             f"all {manifest.samples_read} samples are left out: {dict(manifest.drops)}; nothing is new here"
         )
+    staging.check_owner(ingest.output, ingest.staging)
+    _check_incomplete(ingest.output)
     _remove_strangers(ingest.output, [shard for shard in shards if shard is not None])
     staging.write_json(storage.join(ingest.output, MANIFEST), dataclasses.asdict(manifest))
+    staging.release(ingest.output)
     storage.remove_tree(ingest.staging)
     return manifest
 
@@ -289,7 +317,8 @@ def _finish(ingest: Ingest, reports: Iterable[staging.UnitReport], selection: Ma
 def _origin(ingest: Ingest) -> dict[str, str]:
     settings = json.dumps(dataclasses.asdict(ingest.config), sort_keys=True)
     options = json.dumps(dict(ingest.options), sort_keys=True)
-    return {"source": ingest.source, "options": options, "config": settings}
+    excluded = json.dumps(lists.load_lists(exclusions_path(ingest.staging)).counts())
+    return {"source": ingest.source, "options": options, "config": settings, "excluded": excluded}
 
 
 def _remove_strangers(output: str, shards: Iterable[ShardSummary]) -> None:

@@ -13,10 +13,10 @@ from jaxtyping import UInt8
 from data_pipelines.ingest import filters, lists, staging
 from data_pipelines.ingest.config import IngestConfig
 from data_pipelines.ingest.earlier import EarlierShard, earlier_rows, signatures
-from data_pipelines.ingest.errors import IngestError, Skip, unreadable
+from data_pipelines.ingest.errors import FILE_DAMAGED, IngestError, Skip, unreadable
 from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.ingest.samples import Sample, SourceTags, to_record
-from data_pipelines.ingest.scorers import BATCH, Scorer, load_scorer
+from data_pipelines.ingest.scorers import BATCH, Scorer, load_scorer, score
 from data_pipelines.ingest.signatures import image_hash
 from data_pipelines.records import Record, RecordError, encode, index_row
 from hypervl_jax.text.conversation import ConversationError
@@ -66,6 +66,7 @@ class UnitStager:
     """Stages units, one after another; made once in each worker."""
 
     def __init__(self, reading: Reading) -> None:
+        filters.check_languages(reading.config)
         self._reading = reading
         self._reader = make_reader(reading.source, reading.options)
         self._exclusions = lists.load_lists(exclusions_path(reading.staging))
@@ -116,7 +117,8 @@ class UnitStager:
             return
         while batch := list(itertools.islice(candidates, BATCH)):
             records, pictures = [item.record for item in batch], [item.pictures for item in batch]
-            columns = [list(map(float, scorer(records, pictures))) for scorer in self._scorers]
+            named = zip(self._reading.config.scorers, self._scorers, strict=True)
+            columns = [score(config.name, scorer, records, pictures) for config, scorer in named]
             for item, *scores in zip(batch, *columns, strict=True):
                 try:
                     yield dataclasses.replace(item, record=self._with_scores(item.record, scores))
@@ -124,10 +126,10 @@ class UnitStager:
                     tally.drop(skip, str(item.record.metadata["key"]))
 
     def _with_scores(self, record: Record, scores: list[float]) -> Record:
-        for config, score in zip(self._reading.config.scorers, scores, strict=True):
-            low = config.minimum is not None and not score >= config.minimum
-            if low or (config.maximum is not None and not score <= config.maximum):
-                raise Skip(f"score:{config.name}", f"{score:g}")
+        for config, value in zip(self._reading.config.scorers, scores, strict=True):
+            low = config.minimum is not None and value < config.minimum
+            if low or (config.maximum is not None and value > config.maximum):
+                raise Skip(f"score:{config.name}", f"{value:g}")
         names = (config.name for config in self._reading.config.scorers)
         return dataclasses.replace(record, quality=dict(zip(names, scores, strict=True)))
 
@@ -168,8 +170,14 @@ def exclusions_path(directory: str) -> str:
 
 
 def check_failure_rate(report: staging.UnitReport, config: IngestConfig) -> None:
-    """Raises `IngestError` with the commonest reasons when too large a share of samples cannot be read."""
-    failures = sum(report.failures.values())
+    """Raises `IngestError` with the commonest reasons when too large a share of samples, or too many files, cannot be read."""
+    damaged = report.failures.get(FILE_DAMAGED, 0)
+    if damaged > config.damaged_files:
+        raise IngestError(
+            f"damaged files: {damaged}, such as {report.examples.get(FILE_DAMAGED)}; what follows the damage is lost, however "
+            f"many samples that is: fetch the files again, or set damaged_files to {damaged}"
+        )
+    failures = sum(report.failures.values()) - damaged
     if failures <= config.failure_limit * report.samples:
         return
     commonest = sorted(report.failures.items(), key=lambda item: (-item[1], item[0]))[:3]

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.ingest.config import FieldNames, IngestConfig
-from data_pipelines.ingest.errors import unreadable
+from data_pipelines.ingest.errors import Skip, unreadable
 from data_pipelines.records import MAX_IMAGES, MAX_TURNS, Record
 from hypervl_jax.text.conversation import IMAGE_SLOT, ROLES, Turn, count_image_slots
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"} | {
     role: role for role in ROLES
 }
+
+_TOOL_ROLES = frozenset(
+    ["tool", "function", "function_call", "function_response", "tool_call", "observation", "ipython"]
+)
+"""Sound data that the model is not trained on: it has no turns for them."""
+
+_NUMBER = re.compile(r"([0-9]{1,18})")
+_PICTURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|II\*\0|MM\0\*|....ftyp(?:avif|heic|mif1)", re.DOTALL
+)
+"""First bytes of JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF and HEIF."""
+_PICTURE_PATH = re.compile(r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +55,16 @@ def to_record(sample: Sample, tags: SourceTags, config: IngestConfig) -> Record:
     where neither the sample nor the source says it.
 
     Raises:
-        Skip: a failure, because a field is missing or is not what its name says.
+        Skip: a failure, because a field is missing or is not what its name says; no failure for turns of tools.
     """
     names = config.fields
-    images = tuple(_images(_first(sample.fields, names.images)))
+    used = _picture_fields(sample.fields, names)
+    _check_unused(sample.fields, used, names)
+    images = tuple(image for name in used for image in _images(sample.fields[name]))
+    if config.images == ("none" if images else "required"):
+        raise unreadable(
+            f"picture_{'unexpected' if images else 'missing'}", f"the settings say images: {config.images}"
+        )
     turns = tuple(_turns(sample.fields, names, len(images), config.prompt))
     slots = count_image_slots(turns)
     if slots != len(images):
@@ -63,6 +83,36 @@ def to_record(sample: Sample, tags: SourceTags, config: IngestConfig) -> Record:
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Key that sorts names by the numbers in them, `page2` before `page10`."""
+    return [int(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(name))]
+
+
+def _picture_fields(fields: Mapping[str, Any], names: FieldNames) -> list[str]:
+    """The first of `images` that the sample has; of a name with `*`, all fields that match."""
+    present = [field for field, value in fields.items() if value is not None]
+    found = (fnmatch.filter(present, name) if "*" in name else [name] * (name in present) for name in names.images)
+    return sorted(next(filter(None, found), []), key=natural_order)
+
+
+def _check_unused(fields: Mapping[str, Any], used: Sequence[str], names: FieldNames) -> None:
+    """A picture under a name that nobody reads would be lost, and its sample pass for text."""
+    for name, value in fields.items():
+        if name not in used and name not in names.ignored and _holds_picture(value):
+            raise unreadable(
+                "unused_picture", f"field {name!r} holds a picture; name it in fields.images or in fields.ignored"
+            )
+
+
+def _holds_picture(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_picture(item) for item in value if isinstance(item, (bytes, Mapping)))
+    if isinstance(value, Mapping):
+        path = value.get("path")
+        return _holds_picture(value.get("bytes")) or (isinstance(path, str) and bool(_PICTURE_PATH.search(path)))
+    return isinstance(value, bytes) and bool(_PICTURE.match(value))
 
 
 def _text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -122,18 +172,34 @@ def _answer(value: Any) -> str:
 
 
 def _conversation(value: Any) -> list[Turn]:
+    if isinstance(value, Mapping):
+        value = _transposed(value)
     if not isinstance(value, (list, tuple)) or len(value) > MAX_TURNS:
         raise unreadable("conversation_type", f"a {type(value).__name__} where a list of turns is expected")
     return [turn for item in value for turn in _turn(item)]
 
 
+def _transposed(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a conversation that is kept by column, as TFDS keeps sequences and PixMo-Docs its questions."""
+    if not all(isinstance(column, (list, tuple)) for column in columns.values()):
+        raise unreadable(
+            "conversation_type", f"an object with {', '.join(sorted(columns))} where a list of turns is expected"
+        )
+    if len({len(column) for column in columns.values()}) > 1:
+        raise unreadable("conversation_type", f"lists of unequal length under {', '.join(sorted(columns))}")
+    return [dict(zip(columns, entry, strict=True)) for entry in zip(*columns.values(), strict=True)]
+
+
 def _turn(item: Any) -> list[Turn]:
-    """The turns of one entry; The Cauldron's `{"user": …, "assistant": …}` is two."""
+    """The turns of one entry; `{"user": …, "assistant": …}` (The Cauldron) and `{"question": …, "answer": …}` are two."""
     if not isinstance(item, Mapping):
         raise unreadable("conversation_type", f"a {type(item).__name__} as a turn")
-    if "user" in item and "assistant" in item:
-        return [Turn(role, _as_text(item[role]).strip()) for role in ("user", "assistant")]
-    role = item.get("from", item.get("role"))
+    for asked, answered in (("user", "assistant"), ("question", "answer")):
+        if asked in item and answered in item:
+            return [Turn("user", _as_text(item[asked]).strip()), Turn("assistant", _as_text(item[answered]).strip())]
+    role = _as_text(item.get("from", item.get("role", "")))
+    if role in _TOOL_ROLES:
+        raise Skip("tool_role", repr(role))
     if role not in _ROLES:
         raise unreadable("unknown_role", repr(role)[:80])
     return [Turn(_ROLES[role], _content(item.get("value", item.get("content"))).strip())]

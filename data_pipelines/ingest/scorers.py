@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,16 +35,48 @@ def load_scorer(config: ScorerConfig) -> Scorer:
     """The scorer that a configuration names.
 
     Raises:
-        IngestError: it cannot be imported or made.
+        IngestError: it cannot be imported or made, or what is made cannot be called.
     """
     module, _, attribute = config.factory.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)()
+        scorer = getattr(importlib.import_module(module), attribute)()
+        if not callable(scorer):
+            raise TypeError(f"it returns a {type(scorer).__name__}, not a function of records and pictures")
     except Exception as error:  # the factory is somebody else's
         raise IngestError(
-            f"scorer {config.name!r} cannot be made from {config.factory!r} ({type(error).__name__}: {error}); "
+            f"scorer {config.name!r} cannot be made from {config.factory!r} ({_one_line(error)}); "
             f"name a function without arguments as module:attribute"
         ) from error
+    return scorer
+
+
+def score(
+    name: str, scorer: Scorer, records: Sequence[Record], pictures: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]]
+) -> list[float]:
+    """The scores of a batch, one finite number a record.
+
+    Raises:
+        IngestError: the scorer fails, or gives anything else.
+    """
+    try:
+        scores = [float(value) for value in scorer(records, pictures)]
+    except Exception as error:  # the scorer is somebody else's
+        raise IngestError(f"scorer {name!r} fails on {_keys(records)} ({_one_line(error)})") from error
+    if len(scores) != len(records) or not all(map(math.isfinite, scores)):
+        raise IngestError(
+            f"scorer {name!r} gives {scores[:3]}… ({len(scores)} numbers) for {len(records)} records, {_keys(records)}; "
+            f"it must give one finite number a record"
+        )
+    return scores
+
+
+def _one_line(error: Exception) -> str:
+    """The error as one short line: it travels between workers as text."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _keys(records: Sequence[Record]) -> str:
+    return f"the batch from {records[0].metadata.get('key', '?')}"
 
 
 _PERSONAL = re.compile(

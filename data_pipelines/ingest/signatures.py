@@ -26,7 +26,13 @@ SHINGLE_WORDS = 5
 RECALL = 0.95
 """Chance that two texts exactly as similar as the threshold are compared; more similar ones have a higher one."""
 
-_WORD = re.compile(r"\w+")
+_HAN_AND_KANA = (
+    r"\u3005-\u3007\u3041-\u3096\u309d\u309e\u30a1-\u30fa\u30fc-\u30fe\u31f0-\u31ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+)
+_THAI, _THAI_MARKS = r"\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e50-\u0e59", r"\u0e31\u0e34-\u0e3a\u0e47-\u0e4e"
+_WORD = re.compile(rf"[{_HAN_AND_KANA}]|[{_THAI}][{_THAI_MARKS}]*|[^\W{_HAN_AND_KANA}{_THAI}{_THAI_MARKS}]+")
+"""Chinese, Japanese and Thai put no spaces between words: each of their characters is a word here (Thai marks go with theirs)."""
 
 
 def image_hash(rgb: UInt8[np.ndarray, "h w 3"]) -> int:
@@ -49,7 +55,7 @@ def image_keys(value: int, distance: int) -> Iterator[tuple[int, int]]:
 
 
 def words(text: str) -> list[str]:
-    """Words of a text for comparison: compatibility forms, case and punctuation put aside."""
+    """Words of a text for comparison: compatibility forms, case and punctuation put aside; Han, kana and Thai by character."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -1,6 +1,7 @@
 """What an ingest leaves between its two pipelines, so that a killed one goes on where it was.
 
     STAGING/settings.json            what is ingested and how; a restart with anything else is refused
+    STAGING/run                      a name that no other run has; `OWNER` in the output bears it too
     STAGING/exclusions.npz           opt-out and held-out lists, compiled
     STAGING/tokenizer/               counts the text
     STAGING/units/00012.records      encoded records of one unit, one after another
@@ -20,6 +21,7 @@ import io
 import json
 import pathlib
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ from data_pipelines.ingest import storage
 from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.records import IndexRow, ShardSummary, file_checksum
 from hypervl_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+OWNER = "unfinished.json"
+"""In an output that is not complete: which run writes there, and where its staging lies."""
 
 _LISTED = pa.list_(pa.int32())
 _ROW_SCHEMA = pa.schema(
@@ -237,8 +242,48 @@ def open_staging(staging: str, settings: Mapping[str, Any]) -> None:
         if found.get(name) != wanted.get(name):
             raise IngestError(
                 f"{staging} was begun with another {name} ({_short(found.get(name))}, now {_short(wanted.get(name))}); "
-                f"give the command that began it, or remove the directory to start again"
+                f"give the command that began it, or remove the directory and the unfinished output to start again"
             )
+
+
+def claim(output: str, staging: str) -> None:
+    """Makes an output that of the run in `staging`, until `release`; a restart of that run has it already.
+
+    Raises:
+        IngestError: another run has it.
+    """
+    owner = {"run": _run_name(staging), "staging": staging}
+    if not storage.create(storage.join(output, OWNER), json.dumps(owner).encode()):
+        check_owner(output, staging)
+
+
+def check_owner(output: str, staging: str) -> None:
+    """Raises `IngestError` if an output is that of another run than the one in `staging`."""
+    path = storage.join(output, OWNER)
+    if not storage.exists(path):
+        return
+    try:
+        owner = json.loads(storage.read_bytes(path))
+        run, where = owner["run"], owner["staging"]
+    except (ValueError, KeyError, TypeError):
+        run, where = None, "an unknown place"
+    if run != _run_name(staging):
+        raise IngestError(
+            f"another ingest writes {output}, with its staging in {where}; wait for it, or finish it by the command that began it, "
+            f"or, if it is given up and no longer runs, remove {output} and that staging directory"
+        )
+
+
+def release(output: str) -> None:
+    """Ends the claim of `claim`."""
+    storage.remove(storage.join(output, OWNER))
+
+
+def _run_name(staging: str) -> str:
+    """The name of the run in a staging directory: made when it is first asked for, and kept over restarts."""
+    path = storage.join(staging, "run")
+    storage.create(path, uuid.uuid4().hex.encode())
+    return storage.read_bytes(path).decode()
 
 
 def write_tokenizer(staging: str, tokenizer: Tokenizer) -> None:

@@ -33,6 +33,9 @@ _UPLOAD_BYTES_PER_SECOND = 2**20
 """An upload may be this slow before it is given up."""
 
 _UNFINISHED = ".new-"
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "last_modified", "created")
+"""Under one of these names a store tells which version of a file it has."""
+
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs", "az": "adlfs"}
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _T = TypeVar("_T")
@@ -162,6 +165,21 @@ def sizes_in(directory: str) -> dict[str, int | None]:
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
 
+def versions(paths: Sequence[str]) -> dict[str, str]:
+    """Size and version of files: a checksum, a generation or a date, whatever their store tells. One listing a directory."""
+    wanted: dict[str, set[str]] = {}
+    for path in paths:
+        wanted.setdefault(parent(path), set()).add(path.rpartition("/")[2])
+    found = {}
+    for directory, names in wanted.items():
+        for entry in _call(directory, "list", lambda store, name: store.ls(name, detail=True)):
+            name = entry["name"].rpartition("/")[2]
+            if name in names:
+                version = next((entry[key] for key in _VERSIONS if entry.get(key) is not None), "")
+                found[join(directory, name)] = f"{entry['size']} {version}"
+    return found
+
+
 def read_bytes(path: str) -> bytes:
     """A small file, whole."""
     return _call(path, "read", lambda store, name: store.cat_file(name))
@@ -180,6 +198,25 @@ def write_bytes(path: str, data: bytes) -> None:
     with new_directory(parent(path)) as directory:
         (directory / "file").write_bytes(data)
         publish(directory / "file", path)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Writes a small file unless there is one, and says whether it did; of several writers at once, one does."""
+    return _call(path, "create", lambda store, name: _create(store, name, data))
+
+
+def _create(store: fsspec.AbstractFileSystem, name: str, data: bytes) -> bool:
+    try:
+        if isinstance(store, LocalFileSystem):
+            os.makedirs(parent(name), exist_ok=True)
+            # fsspec's own way looks first and writes then.
+            with open(name, "xb") as file:
+                file.write(data)
+        else:
+            store.pipe_file(name, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -232,10 +232,11 @@ def _validate(turns: Sequence[Turn]) -> None:
     for turn in turns:
         if turn.role not in ROLES:
             raise ConversationError(f"unknown role {turn.role!r}; roles are {', '.join(ROLES)}")
+        named = f"{'an' if turn.role == 'assistant' else 'a'} {turn.role} turn"
         if not turn.text.strip():
-            raise ConversationError(f"a {turn.role} turn without text")
+            raise ConversationError(f"{named} without text")
         if turn.role != "user" and IMAGE_SLOT in turn.text:
-            raise ConversationError(f"{IMAGE_SLOT} in a {turn.role} turn; image slots belong in user turns")
+            raise ConversationError(f"{IMAGE_SLOT} in {named}; image slots belong in user turns")
         if turn.role == "assistant" and "</think>" in turn.text:
             raise ConversationError(
                 "reasoning (</think>) in an assistant turn; the model is trained with thinking off, so strip it first"

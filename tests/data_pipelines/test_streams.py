@@ -112,13 +112,38 @@ def test_a_run_resumed_with_other_shares_goes_on_with_them(root: pathlib.Path) -
     assert found[2] / found.total() == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_source_at_its_limit_stops_the_run_and_says_what_to_do(root: pathlib.Path) -> None:
-    source = loader(config(root, SHARES | {"rare": 1.0}, epoch_limits=(EpochLimit("rare", 2.5),)))
-    stream = streams(source)[0]
-    with pytest.raises(
-        SourceExhausted, match=r"'rare' was read 2\.5 times by step \d+.*over_limit=reweight.*tools\.plan_data"
-    ):
-        plan_rows(stream, 1000)
+def consumed(source: LaneLoader, states: np.ndarray, message: str) -> np.ndarray:
+    """The states after the last batch before the run ends with `message`."""
+    seen = [states]
+    with pytest.raises(SourceExhausted, match=message):
+        seen.extend(loaded.lane_states for loaded in itertools.islice(source.iterate(states), 1000))
+    return seen[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_stops_when_all_of_a_source_was_used(root: pathlib.Path, workers: int) -> None:
+    limits = (EpochLimit("rare", 2.5),)
+    source = loader(config(root, SHARES | {"rare": 0.2}, epoch_limits=limits, workers=workers))
+    message = r"'rare' was read 2\.5 times by step \d+.*: 43 records.*over_limit=reweight.*tools\.plan_data"
+    end = consumed(source, source.initial_states(), message)
+    assert (source.report(end)["rare"].drawn, source.report(end)["rare"].used) == (43, 43)
+    # Not a step later than it must, and again at once when the run is resumed without a change.
+    reweighted = loader(config(root, SHARES | {"rare": 0.2}, epoch_limits=limits, over_limit="reweight"))
+    before = next(
+        loaded for loaded in reweighted.iterate(source.initial_states()) if loaded.lane_states[0, 1] == end[0, 1] - 1
+    )
+    assert reweighted.report(before.lane_states)["rare"].used < 43
+    np.testing.assert_array_equal(consumed(source, end, message), end)
+
+
+def test_many_lanes_with_little_of_a_source_each_use_all_of_it(root: pathlib.Path) -> None:
+    """A lane may draw one record or none of it: those with none must not end the run for the others."""
+    shape = BatchShape(32, SHAPE.length, SHAPE.tiles)
+    source = loader(
+        config(root, {"pictures": 5.0, "text": 5.0, "rare": 0.5}, epoch_limits=(EpochLimit("rare", 1.0),)), shape
+    )
+    end = consumed(source, source.initial_states(), "'rare' was read 1 times")
+    assert source.report(end)["rare"].used == 17
 
 
 @pytest.mark.parametrize("limit", [1.0, 2.5])
@@ -137,9 +162,13 @@ def test_a_source_at_its_limit_gives_its_share_to_the_others(root: pathlib.Path,
 
 
 def test_a_run_whose_sources_are_all_read_out_ends(root: pathlib.Path) -> None:
-    stream = streams(loader(config(root, SHARES | {"rare": 1.0}, epoch_limit=1.0, over_limit="reweight")))[0]
-    with pytest.raises(SourceExhausted, match="every source of the mixture"):
-        plan_rows(stream, 1000)
+    source = loader(config(root, SHARES | {"rare": 1.0}, epoch_limit=1.0, over_limit="reweight"))
+    end = consumed(source, source.initial_states(), "every source of the mixture")
+    assert {name: counters.used for name, counters in source.report(end).items()} == {
+        "pictures": 40,
+        "text": 23,
+        "rare": 17,
+    }
 
 
 def talk(number: int, exchanges: int, words: int) -> Record:

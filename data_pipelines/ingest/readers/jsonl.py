@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from data_pipelines.ingest import storage
-from data_pipelines.ingest.errors import Skip, unreadable
+from data_pipelines.ingest.errors import FILE_DAMAGED, Skip, unreadable
 from data_pipelines.ingest.samples import Sample
 
 _LINE_BYTES = 64 * 2**20
@@ -38,7 +38,7 @@ class JsonLinesReader:
                     elif line.strip():
                         yield _sample(f"{unit}:{number}", line)
             except (EOFError, OSError, zlib.error) as error:
-                yield unreadable("file_damaged", f"{unit} after line {number}: {error}")
+                yield unreadable(FILE_DAMAGED, f"{unit} after line {number}: {error}")
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from data_pipelines.ingest import storage
-from data_pipelines.ingest.errors import IngestError, Skip, unreadable
+from data_pipelines.ingest.errors import FILE_DAMAGED, IngestError, Skip, unreadable
 from data_pipelines.ingest.samples import Sample
 
 _DESCRIPTIONS = (".json", ".txt")
@@ -32,16 +32,21 @@ class TfdsReader:
 
     def units(self) -> list[str]:
         """The shards of the split."""
+        return [storage.join(self.location, name) for name in self._lengths()]
+
+    def _lengths(self) -> dict[str, int]:
+        """Shard of the split -> examples in it, as its description says."""
         splits = _info(self.location).splits
         if self.split not in splits:
             raise IngestError(f"{self.location} has no split {self.split!r}; it has {', '.join(splits) or 'none'}")
-        return [storage.join(self.location, os.path.basename(name)) for name in splits[self.split].filenames]
+        split = splits[self.split]
+        return dict(zip(map(os.path.basename, split.filenames), split.shard_lengths, strict=True))
 
     def read(self, unit: str) -> Iterator[Sample | Skip]:
-        """One sample an example."""
-        features = _info(self.location).features
+        """One sample an example; a shard with fewer than its description says is damaged."""
+        features, expected = _info(self.location).features, self._lengths()[os.path.basename(unit)]
         with storage.local_copy(unit) as path:
-            for number, data in enumerate(_examples(path)):
+            for number, data in enumerate(_examples(path, expected)):
                 yield data if isinstance(data, Skip) else _sample(f"{unit}:{number}", data, features)
 
 
@@ -60,12 +65,17 @@ def _info(location: str) -> tfds.core.DatasetInfo:
             ) from error
 
 
-def _examples(path: pathlib.Path) -> Iterator[bytes | Skip]:
-    """The examples' bytes; a damaged shard ends with a skip."""
+def _examples(path: pathlib.Path, expected: int) -> Iterator[bytes | Skip]:
+    """The examples' bytes; a damaged shard, or one of fewer than `expected` examples, ends with a skip."""
+    count = 0
     try:
-        yield from _array_records(path) if ".array_record" in path.name else _tf_records(path)
+        for data in _array_records(path) if ".array_record" in path.name else _tf_records(path):
+            count += 1
+            yield data
+        if count < expected:
+            raise ValueError(f"{count} examples where the description says {expected}")
     except (RuntimeError, ValueError, OSError, IndexError) as error:
-        yield unreadable("file_damaged", f"{path.name}: {error}")
+        yield unreadable(FILE_DAMAGED, f"{path.name}: {error}")
 
 
 def _array_records(path: pathlib.Path) -> Iterator[bytes]:
@@ -98,10 +108,21 @@ def _check(data: bytes, checksum: bytes) -> None:
         raise ValueError("an example differs from its checksum, or the file was cut short")
 
 
+class _Encoded(tfds.decode.SkipDecoding):
+    """Leaves pictures as they are, those of a sequence too."""
+
+    def decode_batch_example_np(self, serialized_example: Any) -> list[bytes]:
+        """The encoded pictures of a sequence."""
+        return list(serialized_example)
+
+
+def _holds_pictures(feature: tfds.features.FeatureConnector) -> bool:
+    inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+    return isinstance(inner, tfds.features.Image)
+
+
 def _sample(key: str, data: bytes, features: tfds.features.FeaturesDict) -> Sample | Skip:
-    decoders = {
-        name: tfds.decode.SkipDecoding() for name, kind in features.items() if isinstance(kind, tfds.features.Image)
-    }
+    decoders = {name: _Encoded() for name, kind in features.items() if _holds_pictures(kind)}
     try:
         example = features.deserialize_example_np(data, decoders=decoders)
     except Exception as error:  # TFDS raises many types

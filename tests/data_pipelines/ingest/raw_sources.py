@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 
@@ -72,6 +73,12 @@ def slow_scorer() -> Scorer:
         return [1.0] * len(records)
 
     return score
+
+
+def finishing_scorer() -> Scorer:
+    """Puts the finished source `TEST_FINISHED` in the place `TEST_OUTPUT`, as a second ingest would that ends at this moment."""
+    shutil.copytree(os.environ["TEST_FINISHED"], os.environ["TEST_OUTPUT"])
+    return lambda records, pictures: [1.0] * len(records)
 
 
 def brightness() -> Scorer:

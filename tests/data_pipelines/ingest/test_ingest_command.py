@@ -20,6 +20,7 @@ pytest.importorskip("apache_beam")
 pytest.importorskip("webdataset")
 
 from data_pipelines.ingest.__main__ import main
+from data_pipelines.ingest.staging import claim
 from data_pipelines.records import MANIFEST, RecordError, content_hash, read_manifest, source_statistics, verify_source
 from data_pipelines.sources import Source
 from hypervl_jax.architecture import TilingConfig
@@ -91,6 +92,13 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def spoil(path: pathlib.Path) -> None:
+    """Makes a file unreadable that looks the same from outside."""
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 @pytest.fixture(scope="module")
 def reference(place: pathlib.Path) -> dict[str, bytes]:
     """The files of an ingest that nothing disturbed, by one worker."""
@@ -116,7 +124,7 @@ def test_two_workers_killed_twice_end_with_the_same_bytes(place: pathlib.Path, r
         read_manifest(output)
     # A finished unit is not read again; one whose rows were damaged is.
     for unit in units[1:]:
-        (tars / f"{unit.stem}.tar").write_bytes(b"")
+        spoil(tars / f"{unit.stem}.tar")
     units[0].with_suffix(".rows").write_bytes(b"damaged")
 
     kill_when(start(command), lambda: len(finished(staging / "shards")) >= 2)
@@ -140,6 +148,7 @@ def test_manifest_adds_up_and_the_loader_reads_it(place: pathlib.Path, reference
     assert manifest.drops == {"undecodable:unknown_format": SAMPLES // 12, "duplicate:exact": 8, "duplicate:image": 3}
     assert manifest.samples_read == SAMPLES == manifest.records + sum(manifest.drops.values())
     assert manifest.licences == {"CC0-1.0": manifest.records}
+    assert set(json.loads(manifest.origin["excluded"]).values()) == {0}
     assert len(manifest.shards) > 4
     source = Source(directory, tokenizer().fingerprint)
     records = [source.record(number) for number in range(len(source))]
@@ -198,6 +207,41 @@ def test_complete_output_and_other_settings_are_refused(place: pathlib.Path, ref
     assert errors.count("\n") == 1
 
 
+def test_of_two_runs_into_one_output_one_writes(
+    place: pathlib.Path, reference: dict[str, bytes], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "A sentence that stands for itself."}])
+    output = tmp_path / "out"
+    base = ["--source", f"jsonl:{tmp_path}/x.jsonl", "--name", "x", "--licence", "CC0-1.0", "--tokenizer", str(place)]
+    command = [*base, "--output", str(output), "--staging", str(tmp_path / "ours")]
+    claim(str(output), str(tmp_path / "theirs"))
+    status, _, errors = ingest(command)
+    assert status == 1
+    assert f"another ingest writes {output}, with its staging in {tmp_path}/theirs; wait for it" in errors
+    shutil.rmtree(output)
+    # The other one completes the output while this one reads its source.
+    monkeypatch.setenv("TEST_FINISHED", str(place / "one" / "train" / "notes"))
+    monkeypatch.setenv("TEST_OUTPUT", str(output))
+    (tmp_path / "c.yaml").write_text(
+        "scorers: [{name: other, factory: 'tests.data_pipelines.ingest.raw_sources:finishing_scorer'}]"
+    )
+    shutil.rmtree(tmp_path / "ours")
+    status, _, errors = ingest([*command, "--config", str(tmp_path / "c.yaml")])
+    assert (status, "already holds a complete source" in errors) == (1, True)
+    assert contents(output) == reference
+
+
+def test_a_restart_refuses_files_that_were_replaced(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    raw = tmp_path / "x.jsonl"
+    write_jsonl(raw, [{"text": "A sentence that stands for itself."}, {"title": "?"}])
+    base = ["--name", "x", "--licence", "CC0-1.0", "--tokenizer", str(place), "--output", str(tmp_path / "out")]
+    assert ingest(["--source", f"jsonl:{raw}", *base])[0] == 1
+    write_jsonl(raw, [{"text": "A sentence that stands for nothing."}])
+    status, _, errors = ingest(["--source", f"jsonl:{raw}", *base])
+    assert status == 1
+    assert "was begun with another state of the source's files" in errors
+
+
 def test_source_that_cannot_be_read_stops_with_its_reasons(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
     rows = [{"text": "A sentence that stands for itself."}] * 8 + [{"title": "?"}] * 2
     write_jsonl(tmp_path / "raw" / "x.jsonl", rows)
@@ -208,7 +252,7 @@ def test_source_that_cannot_be_read_stops_with_its_reasons(place: pathlib.Path, 
     assert "x.jsonl:9 has only title; check that the source is what --source says" in errors
     assert not (tmp_path / "out").exists()
     # A raised limit goes on with what is staged: the raw file is not read again.
-    (tmp_path / "raw" / "x.jsonl").write_text("")
+    spoil(tmp_path / "raw" / "x.jsonl")
     (tmp_path / "c.yaml").write_text("failure_limit: 0.2")
     status, _, errors = ingest(
         ["--source", f"jsonl:{tmp_path}/raw/x.jsonl", *base, "--config", str(tmp_path / "c.yaml")]

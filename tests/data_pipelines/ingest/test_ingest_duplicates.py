@@ -29,6 +29,7 @@ from data_pipelines.ingest.deduplication import (
     _similar_pairs,
     rank,
 )
+from data_pipelines.ingest.filters import repeated_share
 from data_pipelines.ingest.signatures import (
     band_shape,
     hamming,
@@ -38,6 +39,7 @@ from data_pipelines.ingest.signatures import (
     text_fingerprint,
     text_keys,
     text_signature,
+    words,
 )
 from data_pipelines.ingest.staging import StagedRow
 from tests.data_pipelines.ingest.raw_sources import picture
@@ -134,6 +136,17 @@ def test_text_signature_is_that_of_datasketch_and_estimates_jaccard() -> None:
     assert similarity(left, right) == pytest.approx(exact, abs=4 * 0.5 / 16)
     assert similarity(left, text_signature(text(2, 400), 256)) < 0.05
     assert text_signature("One, two!", 64) == text_signature("one TWO", 64)
+
+
+def test_scripts_without_spaces_are_compared_by_character() -> None:
+    assert words("图中有多少人?") == list("图中有多少人")
+    assert words("JAXでﾃｽﾄを2回、ラーメン") == ["jax", *"でテストを", "2", *"回ラーメン"]
+    assert words("ที่นี่ OK") == ["ที่", "นี่", "ok"]
+    assert words("한국어 텍스트, naïve café_9") == ["한국어", "텍스트", "naïve", "café_9"]
+    chinese = "委员会于每月第一个星期一在市政厅开会听取全部报告并讨论新桥的修建计划以及春天的选举结果"
+    changed = chinese.replace("春天", "秋天")
+    assert similarity(text_signature(chinese, 256), text_signature(changed, 256)) > 0.5
+    assert repeated_share(words(chinese * 3)) > 0.6 > 0.1 > repeated_share(words(chinese + changed[:3]))
 
 
 def test_bands_find_pairs_above_the_threshold() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -17,11 +19,11 @@ pytest.importorskip("imagehash")
 
 from data_pipelines.ingest import staging
 from data_pipelines.ingest.config import IngestConfig, ScorerConfig, load_config
-from data_pipelines.ingest.errors import IngestError
+from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.ingest.lists import compile_lists, load_lists
-from data_pipelines.ingest.reading import Reading, UnitStager, exclusions_path
+from data_pipelines.ingest.reading import Reading, UnitStager, check_failure_rate, exclusions_path
 from data_pipelines.ingest.samples import SourceTags
-from data_pipelines.ingest.scorers import personal_data
+from data_pipelines.ingest.scorers import Scorer, load_scorer, personal_data, score
 from data_pipelines.records import Record, content_hash, decode
 from hypervl_jax.text.conversation import Turn
 from tests.data_pipelines import corpora
@@ -105,6 +107,21 @@ def test_texts(tmp_path: pathlib.Path) -> None:
     assert [record.turns[-1].text for record in records] == [SENTENCE, "Short.", "Monday"]
 
 
+def test_sound_texts_with_marks_of_the_template_are_no_failures(tmp_path: pathlib.Path) -> None:
+    """More than the failure limit of a text source may be about HTML, reason aloud, or call tools."""
+    talk = lambda *turns: {"messages": [{"role": role, "content": text} for role, text in turns]}
+    rows = [
+        {"text": f"{SENTENCE} In SVG an <image> shows a raster picture."},
+        talk(("user", "What is 1 + 1?"), ("assistant", "<think>Easy.</think>The sum of both is two.")),
+        talk(("user", "What time is it?"), ("tool", "12:00"), ("assistant", "It is noon, to the minute.")),
+        {"text": SENTENCE},
+    ]
+    drops, records = stage(tmp_path, rows, IngestConfig(failure_limit=0.0))
+    assert drops == {"image_mark_in_text": 1, "reasoning": 1, "tool_role": 1}
+    assert not staging.read_unit(str(tmp_path / "staging"), 0).failures
+    assert [record.turns for record in records] == [(Turn("assistant", SENTENCE),)]
+
+
 def test_language(tmp_path: pathlib.Path) -> None:
     german = "Der Ausschuss trifft sich am ersten Montag jedes Monats im Rathaus der Stadt."
     rows = [{"text": SENTENCE}, {"text": german}, {"text": "Ja."}, {"text": german, "lang": "de"}]
@@ -123,6 +140,39 @@ def test_scorers(tmp_path: pathlib.Path) -> None:
     drops, records = stage_pictures(tmp_path, [dark, light.getvalue()], config)
     assert drops == {"score:light": 1}
     assert records[0].quality["light"] > 200
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (lambda records, pictures: 1 / 0, "scorer 'clip' fails on the batch from .*: division by zero"),
+        (lambda records, pictures: [math.nan], "one finite number a record"),
+        (lambda records, pictures: [1.0, 2.0], "2 numbers.* for 1 records"),
+        (lambda records, pictures: [None], "TypeError"),
+    ],
+)
+def test_scorer_that_fails_is_named(scorer: Scorer, message: str) -> None:
+    with pytest.raises(IngestError, match=message):
+        score("clip", scorer, [Record((), (Turn("assistant", SENTENCE),), "s", metadata={"key": "x:1"})], [[]])
+
+
+def test_factory_of_something_else_is_refused() -> None:
+    with pytest.raises(IngestError, match="it returns a str, not a function"):
+        load_scorer(ScorerConfig("here", "os:getcwd"))
+
+
+@pytest.mark.parametrize("tag", ["english", "EN"])
+def test_language_that_is_never_detected_is_refused(tmp_path: pathlib.Path, tag: str) -> None:
+    with pytest.raises(IngestError, match=f"'{tag}' is none of py3langid's tags, which are ace, af, "):
+        stage(tmp_path, [{"text": SENTENCE}], IngestConfig(languages=(tag,)))
+
+
+def test_one_damaged_file_stops_the_ingest_unless_it_is_allowed() -> None:
+    """A file may have lost any number of samples, so a share of samples says nothing."""
+    report = staging.UnitReport(10_000, 9_998, {"file_damaged": 2}, {"file_damaged": 2}, {"file_damaged": "x.tar"})
+    check_failure_rate(report, IngestConfig(failure_limit=0.0, damaged_files=2))
+    with pytest.raises(IngestError, match=r"damaged files: 2, such as x\.tar; .* set damaged_files to 2"):
+        check_failure_rate(report, IngestConfig(failure_limit=1.0, damaged_files=1))
 
 
 def test_personal_data() -> None:
@@ -178,8 +228,105 @@ def test_decontamination(tmp_path: pathlib.Path) -> None:
     drops, records = stage(tmp_path, rows, config)
     assert drops == {"held_out:question": 2}
     loaded = load_lists(exclusions_path(str(tmp_path / "staging")))
-    assert len(loaded.pictures) == 3
+    assert loaded.counts() == {
+        "opt_outs": 0,
+        "held-out pictures": 3,
+        "runs of words of held-out questions": len(question.split()) - config.held_out_words + 1,
+    }
     assert 0x0123456789ABCDEF in loaded.pictures.tolist()
+
+
+def held_out(tmp_path: pathlib.Path, rows: list[dict[str, object]], **settings: object) -> IngestConfig:
+    write_jsonl(tmp_path / "exam.jsonl", rows)
+    return IngestConfig(held_out=(str(tmp_path / "exam.jsonl"),), text_similarity=0, **settings)
+
+
+def test_instruction_that_many_held_out_questions_share_is_not_looked_for(tmp_path: pathlib.Path) -> None:
+    template = "Answer the question using a single word or phrase, please."
+    exam = [
+        {"question": f"What stands left of object {number} in this wide view of town? {template}"}
+        for number in range(30)
+    ]
+    config = held_out(tmp_path, exam, held_out_words=8)
+    rows = [
+        {"question": f"Which colour has the roof? {template}", "answer": "red"},
+        {"question": f"What stands left of object 7 in this wide view of town? {template}", "answer": "a mill"},
+        {"question": "Where?", "answer": "Here: what stands left of object 7 in this wide view of town?"},
+    ]
+    drops, records = stage(tmp_path, rows, config)
+    assert drops == {"held_out:question": 1}
+    assert [record.turns[1].text for record in records] == ["red", rows[2]["answer"]]
+
+
+def test_question_about_one_picture_in_several_orders_is_no_template(tmp_path: pathlib.Path) -> None:
+    question = "Which of these four names is that of the mountain in the picture?"
+    exam = [{"image_hash": "0123456789abcdef", "question": f"{question} {order}"} for order in ("AB", "BA", "CA", "AC")]
+    drops, _ = stage(tmp_path, [{"question": question, "answer": "Rigi"}, {"text": SENTENCE}], held_out(tmp_path, exam))
+    assert drops == {"held_out:question": 1}
+
+
+def test_prompt_of_the_settings_is_not_looked_for(tmp_path: pathlib.Path) -> None:
+    prompt = "Describe what you can see in this picture in one sentence."
+    turns = [Turn("user", f"<image>{prompt}"), Turn("assistant", SENTENCE)]
+    exclusions = compile_lists(
+        held_out(tmp_path, [{"image": base64.b64encode(picture(5)).decode(), "question": prompt}])
+    )
+    with pytest.raises(Skip, match="held_out:question"):
+        exclusions.check(Record((picture(6),), tuple(turns), "s"), [])
+    exclusions = compile_lists(
+        dataclasses.replace(held_out(tmp_path, [{"image_hash": "f" * 16, "question": prompt}]), prompt=prompt)
+    )
+    exclusions.check(Record((picture(6),), tuple(turns), "s"), [])
+
+
+def test_held_out_question_in_chinese(tmp_path: pathlib.Path) -> None:
+    config = held_out(tmp_path, [{"question": "委员会在哪一天开会讨论新桥的修建计划?"}])
+    rows = [
+        {"question": "请问委员会在哪一天开会讨论新桥的修建计划", "answer": "星期一"},
+        {"question": "图中有多少人站在桥上?", "answer": "五人"},
+    ]
+    drops, records = stage(tmp_path, rows, config)
+    assert (drops, [record.turns[1].text for record in records]) == ({"held_out:question": 1}, ["五人"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "x"},
+            "line 1 of held-out list .*unknown key 'prompt'; an entry has any of image, image_hash, question",
+        ),
+        ({"question": "How many?", "images": "a.png"}, "unknown key 'images'"),
+        ({"question": ["How many?"]}, "an object of texts"),
+        ({"question": "How many?"}, "would keep nothing out: of 1 entries"),
+    ],
+)
+def test_held_out_list_that_does_nothing_is_refused(
+    tmp_path: pathlib.Path, row: dict[str, object], message: str
+) -> None:
+    with pytest.raises(IngestError, match=message):
+        compile_lists(held_out(tmp_path, [row]))
+    with pytest.raises(IngestError, match=r"exam\.parquet is not JSON Lines; ingest it first"):
+        compile_lists(IngestConfig(held_out=(str(tmp_path / "exam.parquet"),)))
+
+
+def test_opt_outs_in_every_form(tmp_path: pathlib.Path) -> None:
+    def refused(line: str, url: str) -> bool:
+        (tmp_path / "out.txt").write_text(line)
+        lists = compile_lists(IngestConfig(opt_out=(str(tmp_path / "out.txt"),)))
+        try:
+            lists.check(Record((), (Turn("assistant", "x"),), "s", metadata={"url": url}), [])
+        except Skip:
+            return True
+        return False
+
+    assert refused("example.com/path", "https://www.example.com/path")
+    assert not refused("example.com/path", "https://example.com/other")
+    assert refused("*.example.com", "http://a.example.com/x")
+    assert refused("Example.com", "http://example.com:8080/x")
+    for line in ("example.com:8080", "*.example.*", "*.example.com/x", "some words", "e3b0c442", "http://"):
+        with pytest.raises(IngestError, match="is no URL, domain"):
+            refused(line, "http://example.com/")
 
 
 def test_configuration_is_checked(tmp_path: pathlib.Path) -> None:
@@ -196,6 +343,16 @@ def test_configuration_is_checked(tmp_path: pathlib.Path) -> None:
         ("min_side: big", "of type int"),
         ("same_image: some", "drop or same_text or keep"),
         ("a: [", "not YAML"),
+        ("max_characters: -1", "at least 1 and at least min_characters"),
+        ("{max_characters: 5, min_characters: 6}", "at least min_characters, 6"),
+        ("blank_deviation: -3", "in 0..127"),
+        ("leaked_words: -2", "at least 0"),
+        ("language_characters: -1", "at least 0"),
+        (
+            "scorers: [{name: a, factory: 'm:f', minimum: 5, maximum: 1}]",
+            "'a': minimum is 5; it must be no more than maximum",
+        ),
+        ("scorers: [{name: a, factory: 'm:f'}, {name: a, factory: 'm:g'}]", "of different names"),
         ("scorers: [{name: a}]", "factory"),
         ("- 1", "must be a mapping"),
     ]:

@@ -79,3 +79,20 @@ def test_a_long_range_is_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = storage.expand("memory://range/part-{00000..20000}.tar")
     assert [path.rpartition("/")[2] for path in found] == ["part-00003.tar", "part-00007.tar"]
     assert len(calls) < 5
+
+
+def test_of_two_creators_one_creates(tmp_path: pathlib.Path) -> None:
+    for path in (str(tmp_path / "new" / "x"), "memory://create/x"):
+        assert [storage.create(path, data) for data in (b"first", b"second")] == [True, False]
+        assert storage.read_bytes(path) == b"first"
+
+
+def test_versions_tell_a_replaced_file(tmp_path: pathlib.Path) -> None:
+    for path in (str(tmp_path / "x"), "memory://versions/x"):
+        storage.write_bytes(path, b"one")
+        before = storage.versions([path])
+        assert list(before) == [path]
+        assert storage.versions([path]) == before
+        time.sleep(0.02)
+        storage.write_bytes(path, b"two")
+        assert storage.versions([path]) != before

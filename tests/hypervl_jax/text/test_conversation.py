@@ -269,7 +269,7 @@ PLAN = plan_image(5, 5, 1, TILING)
         ([Turn("user", "x"), Turn("assistant", "<image>")], [PLAN], "assistant turn"),
         ([Turn("system", "<image>"), *QUESTION], [PLAN], "system turn"),
         ([Turn("user", " \n"), Turn("assistant", "y")], [], "user turn without text"),
-        ([Turn("user", "x"), Turn("assistant", "")], [], "assistant turn without text"),
+        ([Turn("user", "x"), Turn("assistant", "")], [], "an assistant turn without text"),
         ([Turn("user", "x"), Turn("assistant", "<think>hm</think>y")], [], "strip it"),
         ([Turn("user", "x")], [], "no assistant turn"),
     ],
