@@ -133,7 +133,7 @@ TABLE: tuple[Hardware, ...] = (
         FSDP,
         rows=2,
         decoder_remat="dots",
-        planned="12.1 of 31.2 GiB a device, step at least 0.16 s",
+        planned="12.1 of 31.2 GiB a device, step at least 0.21 s",
     ),
     Hardware(
         "v6e-256",
@@ -141,7 +141,7 @@ TABLE: tuple[Hardware, ...] = (
         FSDP,
         rows=2,
         decoder_remat="dots",
-        planned="23.7 of 31.2 GiB a device, step at least 0.40 s",
+        planned="23.7 of 31.2 GiB a device, step at least 0.50 s",
     ),
     Hardware(
         "v5p-512",
