@@ -143,7 +143,7 @@ def test_rows_of_a_long_tail_are_as_full_as_the_mixture_allows(
     tail = long_tail(length, most_tiles)
     for budget in (Budget(length, count) for count in tiles):
         fill = simulate_fill([tail], (1.0,), budget, window=64)
-        record_property(f"{length}/{budget.tiles}", fill)
+        record_property(f"{length}/{budget.tiles}", str(fill))
         assert fill.reaches(0.97), fill
         assert max(fill.token_bound, fill.tile_bound) == 1
         assert fill.token_fill <= 1.02 * fill.token_bound
