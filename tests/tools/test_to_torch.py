@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers.utils import is_torchvision_available
 
 from hypervl_jax.architecture import MOBILENET_TINY, MOBILENET_V3_SMALL, TilingConfig
-from hypervl_jax.inference.assistant import load_assistant
+from hypervl_jax.inference.assistant import Options, ask, load_assistant
 from hypervl_jax.models.compressor_io import abstract_compressor, predict_log_areas, save_compressor
 from hypervl_jax.text.conversation import Turn, encode_conversation, encode_prompt
 from hypervl_jax.text.tokenizer import ChatTemplate, load_tokenizer
@@ -177,7 +177,7 @@ def test_alpha_is_the_assistants(exported: Path, home: Path) -> None:
     compressor = hypervl_torch.load_compressor(exported)
     for number, size in enumerate(((40, 60), (300, 200))):
         image = golden.picture(*size, number)
-        (expected,) = assistant._predict_alphas([image])
+        expected = assistant.answer([ask("?", image)], Options(alpha="auto", max_new_tokens=1))[0].alphas[0]
         assert hypervl_torch.predict_alpha(compressor, image) == pytest.approx(expected, abs=1e-5)
 
 
