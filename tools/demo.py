@@ -12,15 +12,16 @@ import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from experiments.stopping import terminate_as_interrupt
 
 HOME = pathlib.Path(__file__).parents[1]
 RECORD = "demo.json"
@@ -327,20 +328,6 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
             process.kill()
             process.wait()
         raise
-
-
-@contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM within the block ends it as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def format_seconds(seconds: float) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hypervl_jax.architecture import require
+from tools.process_memory import status_bytes
 
 TFLITE, ONNX, TORCH, COMPILED = "tflite", "onnx", "torch", "torch.compile"
 ENCODER, PREFILL, DECODE = "encoder", "prefill", "decode"
@@ -153,12 +154,6 @@ OPEN: dict[str, Callable[[Case], Callable[[Arrays], Run]]] = {
     TORCH: open_torch,
     COMPILED: open_torch,
 }
-
-
-def status_bytes(field: str, path: str = "/proc/self/status") -> int:
-    """A field in kB of a file of /proc, in bytes."""
-    line = next(line for line in pathlib.Path(path).read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> int:

@@ -20,8 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.stopping import terminate_as_interrupt
 from experiments.sweeps import DCL_SEEDS
-from tools.demo import FAILED, INTERRUPTED, Demo, DemoError, Step, command_line, terminate_as_interrupt, time_table
+from tools.demo import FAILED, INTERRUPTED, Demo, DemoError, Step, command_line, time_table
 
 TASKS = ("digits", "documents", "charts", "scenes")
 UNSEEN = "documents"

@@ -32,6 +32,7 @@ from hypervl_jax.planning.chips import topology
 from hypervl_jax.planning.flops import count_flops
 from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.vision.anyres import ImagePlan, plan_image, tile_image
+from tools.process_memory import status_bytes
 from tools.profile_device import SIZES, random_like
 
 SERIAL, BATCHED, FULL, CHUNKED, FLASH = "serial", "batched", "full", "chunked", "flash"
@@ -229,12 +230,6 @@ def settle() -> int:
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     return status_bytes("VmRSS")
-
-
-def status_bytes(field: str, path: str = "/proc/self/status") -> int:
-    """A field in kB of a file of /proc, in bytes."""
-    line = next(line for line in pathlib.Path(path).read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from experiments.stopping import terminate_as_interrupt
 from experiments.sweep_runs import COMPLETE, Run
 from hypervl_jax.architecture import require
 
@@ -36,7 +35,7 @@ def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
     for number, run in enumerate(runs, 1):
         label = f"{number}/{len(runs)} {run.name}"
         started = time.monotonic()
-        with _terminate_as_interrupt():
+        with terminate_as_interrupt():
             reason = _execute(run, console, label)
         if reason:
             failures[run.name] = reason
@@ -48,20 +47,6 @@ def execute(runs: Sequence[Run], options: Mapping[str, str]) -> dict[str, str]:
 
 def _check(options: Mapping[str, str]) -> None:
     require(not options, f"--set {', '.join(options)}: the local engine has no options")
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM within the block ends it as Ctrl-C does, so that a run is never left behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _execute(run: Run, console: Console, label: str) -> str:

@@ -9,8 +9,9 @@ import pytest
 
 from hypervl_jax.architecture import ConfigError
 from tools import profile_tiles
+from tools.process_memory import status_bytes
 from tools.profile_tiles import Row, cases, comparisons, growths, main, parse_image, parser, warnings
-from tools.tile_probe import BATCHED, CHUNKED, FULL, HERE, SERIAL, Case, Probe, probe, settle, status_bytes
+from tools.tile_probe import BATCHED, CHUNKED, FULL, HERE, SERIAL, Case, Probe, probe, settle
 
 
 def case(way: str = SERIAL, tile: int = 64, height: int = 64, width: int = 64, **changes: object) -> Case:
