@@ -83,7 +83,7 @@ class Setup:
         with jax.set_mesh(self.mesh):
             copy = jax.tree.map(lambda x: x.copy(), state)
             new, metrics = self.step(copy, self.on_mesh(batch), self.control)
-        return new, {name: float(value) for name, value in jax.device_get(metrics).items()}
+        return new, metrics.numbers()
 
 
 def make_setup(

@@ -14,6 +14,7 @@ import numpy as np
 
 from hypervl_jax.training.optimizer import part_norms
 from hypervl_jax.training.state import TrainState, token_totals
+from hypervl_jax.training.step import PackedMetrics
 from hypervl_jax.training.telemetry.step_times import StepTime
 
 SOURCE_TOKENS = "source_tokens"
@@ -72,8 +73,9 @@ class HostMetrics(NamedTuple):
 
 class _Pending(NamedTuple):
     step: int
-    values: dict[str, jax.Array]
+    values: PackedMetrics
     time: Future[StepTime]
+    after: dict[str, jax.Array]
 
 
 class PendingMetrics:
@@ -87,21 +89,23 @@ class PendingMetrics:
         self._sources = tuple(sources)
         self._pending: list[_Pending] = []
 
-    def add(self, step: int, values: Mapping[str, jax.Array], time: Future[StepTime]) -> None:
+    def add(self, step: int, values: PackedMetrics, time: Future[StepTime]) -> None:
         """Takes the metrics of a step that the devices have just got."""
-        self._pending.append(_Pending(step, dict(values), time))
+        self._pending.append(_Pending(step, values, time, {}))
 
     def add_to_newest(self, values: Mapping[str, jax.Array]) -> None:
         """Adds what was computed from the state after the newest step."""
-        self._pending[-1].values.update(values)
+        self._pending[-1].after.update(values)
 
     def read(self, keep: int = 0) -> list[HostMetrics]:
         """Waits for all steps but the newest `keep`, and fetches their metrics in one transfer."""
         cut = max(len(self._pending) - keep, 0)
         taken, self._pending = self._pending[:cut], self._pending[cut:]
-        fetched = jax.device_get([entry.values for entry in taken]) if taken else []
-        pairs = zip(taken, fetched, strict=True)
-        return [HostMetrics(entry.step, self._numbers(values), entry.time.result()) for entry, values in pairs]
+        fetched = jax.device_get([(entry.values, entry.after) for entry in taken]) if taken else []
+        return [
+            HostMetrics(entry.step, values.numbers() | self._numbers(after), entry.time.result())
+            for entry, (values, after) in zip(taken, fetched, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drops all of them."""

@@ -340,7 +340,7 @@ class _Loop:
             with self.monitor.step(self.step):
                 self.state, values = self.trainer.step_function(self.state, fed.batch, self.trainer.control)
         self.lane_states = fed.lane_states
-        self.under_way.append(self.monitor.dispatched(values["loss"]))
+        self.under_way.append(self.monitor.dispatched(values.values))
         self.pending.add(self.step, values, self.under_way[-1])
         self.step += 1
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float32
 
@@ -229,10 +230,39 @@ def source_tokens(batch: Batch, num_sources: int) -> Array:
     return jnp.stack(per_source)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
+@dataclasses.dataclass(frozen=True)
+class PackedMetrics:
+    """A step's scalars in one array, so that reading them is one transfer and not one of each.
+
+    Attributes:
+        values: float32 [metrics].
+        names: of the values, in order.
+    """
+
+    values: Array
+    names: tuple[str, ...]
+
+    @classmethod
+    def pack(cls, metrics: Metrics) -> PackedMetrics:
+        """From scalars by name."""
+        names = tuple(sorted(metrics))
+        return cls(jnp.stack([metrics[name] for name in names]), names)
+
+    def numbers(self) -> dict[str, float]:
+        """By name, as plain numbers; waits for the step and fetches the array when it still lies on a device."""
+        return dict(zip(self.names, np.asarray(self.values).tolist(), strict=True))
+
+
 def compile_step(functions: StepFunctions, shardings: TrainState, batch_shardings: Batch) -> Callable[..., Any]:
-    """The jitted step: state donated, its layout kept, metrics replicated."""
+    """The jitted step, `(state, batch, control) -> (state, PackedMetrics)`: state donated, its layout kept, metrics replicated."""
+
+    def train_step(state: TrainState, batch: Batch, control: Control) -> tuple[TrainState, PackedMetrics]:
+        state, metrics = functions.train_step(state, batch, control)
+        return state, PackedMetrics.pack(metrics)
+
     return jax.jit(
-        functions.train_step,
+        train_step,
         donate_argnums=0,
         in_shardings=(shardings, batch_shardings, None),
         out_shardings=(shardings, None),
