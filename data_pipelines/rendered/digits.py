@@ -12,7 +12,6 @@ import random
 import numpy as np
 import xxhash
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from data_pipelines.rendered.pictures import (
     CELL,
@@ -41,6 +40,8 @@ _ORDER = {"first": 0, "last": -1}
 @functools.cache
 def scans(split: str) -> tuple[tuple[Image.Image, ...], ...]:
     """The scans of a split by digit, as 8×8 grey masks; the split follows from the pixels, so copies stay together."""
+    from sklearn.datasets import load_digits  # takes seconds to import; every launch imports this module
+
     by_digit: tuple[list[Image.Image], ...] = tuple([] for _ in range(10))
     data = load_digits()
     for pixels, digit in zip(data.images, data.target, strict=True):
