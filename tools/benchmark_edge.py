@@ -1,6 +1,7 @@
 """`python -m tools.benchmark_edge`: our TFLite graphs beside the same model in ONNX Runtime and PyTorch, on this CPU, in one run.
 
     checkpoint ─► encoder, prefill, decode as TFLite, ONNX and PyTorch ─► each in a process of its own, on the same inputs
+               ├► compressor (VRC) of its configuration, as TFLite and ONNX ─► its share of a tile's time
                └► encoder for tiles, and for whole pictures in one pass ─► the same picture both ways
 
 Medians of several runs; the peak of resident memory above what the libraries take; and how far every output is from JAX in float32.
@@ -25,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hypervl_jax.architecture import BRANCHES, ConfigError, HyperVLConfig, branch_parts, require, vision_part
+from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.safetensors_files import CheckpointError, write_directory
+from hypervl_jax.partitioning import unbox
 from hypervl_jax.text.tokenizer import TokenizerError
 from hypervl_jax.training.checkpoint import load_params
 from hypervl_jax.training.state import abstract_parameters
@@ -33,7 +36,7 @@ from tools import edge_graphs, huggingface_files
 from tools.artifacts import ArtifactError
 from tools.edge_graphs import Graph, HostCache
 from tools.edge_parity import snr
-from tools.edge_probe import COMPILED, DECODE, ENCODER, ONNX, PREFILL, TFLITE, TORCH, Case, Probe
+from tools.edge_probe import COMPILED, COMPRESSOR, DECODE, ENCODER, ONNX, PREFILL, TFLITE, TORCH, Case, Probe
 from tools.export_tflite import converter
 from tools.golden import RUNTIME, picture
 from tools.label_resolutions import ReportProgress, progress_line
@@ -41,8 +44,11 @@ from tools.quantisation import PRECISIONS
 from tools.to_torch import Source, open_source
 
 FAILURE, SUCCESS = 1, 0
-PARTS = (ENCODER, PREFILL, DECODE)
+PARTS = (COMPRESSOR, ENCODER, PREFILL, DECODE)
 RUNTIMES = (TFLITE, ONNX, TORCH, COMPILED)
+FILES = (TFLITE, ONNX)
+"""Runtimes of graphs; the compressor is measured in these alone."""
+
 BITS = ("float32", "int8")
 MIB = 2**20
 
@@ -66,6 +72,11 @@ class Wanted(NamedTuple):
     graph: Graph
     feeds: Mapping[str, np.ndarray]
     calls: int = 1
+
+    @property
+    def compared(self) -> str:
+        """The output that is compared with JAX; the compressor's α may lie at a bound whatever the runtime computes."""
+        return self.graph.outputs[0 if self.label == COMPRESSOR else -1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +114,10 @@ class Bench:
         """The graphs of the parts, then each picture tile by tile and whole."""
         config = self.source.config
         side = config.tiling.tile_size
+        if COMPRESSOR in parts:
+            yield Wanted(
+                COMPRESSOR, edge_graphs.compressor_graph(config.compressor, random_compressor(config)), _proxy(config)
+            )
         if ENCODER in parts:
             yield Wanted(ENCODER, edge_graphs.encoder_graph(config, self.branch, self.params), _tile(side))
         for part, length in ((PREFILL, self.prefill), (DECODE, 1)):
@@ -157,7 +172,7 @@ class Bench:
         case = Case(runtime, part, str(model), str(self.home / "inputs.npz"), precision, *sizes, str(outputs))
         found = run_case(case)
         arrays = np.load(outputs)
-        name = wanted.graph.outputs[-1]
+        name = wanted.compared
         return Row(wanted.label, runtime, precision, found, snr(expected[name], arrays[name]))
 
     def _model(self, graph: Graph, runtime: str, precision: str) -> pathlib.Path:
@@ -178,6 +193,18 @@ class Bench:
 
 def _tile(side: int) -> dict[str, np.ndarray]:
     return {"tile": picture(side, side, 0)[None]}
+
+
+def _proxy(config: HyperVLConfig) -> dict[str, np.ndarray]:
+    side = config.compressor.proxy_size
+    longest = np.array([2 * config.tiling.tile_size], np.float32)
+    return {"proxy": picture(side, side, 0)[None].astype(np.float32) / 255, "longest_side": longest}
+
+
+def random_compressor(config: HyperVLConfig) -> Mapping[str, Any]:
+    """Fresh parameters of the configured compressor: no checkpoint of a stage holds one, and its time does not depend on them."""
+    proxy = np.zeros((1, *2 * (config.compressor.proxy_size,), 3), np.uint8)
+    return unbox(Compressor(config.compressor).init(jax.random.key(0), proxy)["params"])[0]
 
 
 def with_side(config: HyperVLConfig, side: int) -> HyperVLConfig:
@@ -244,7 +271,8 @@ def benchmark(bench: Bench, options: argparse.Namespace, progress: ReportProgres
     """All rows, graph after graph."""
     work: list[Callable[[], Row]] = []
     for wanted in bench.wanted(options.parts):
-        work += bench.rows(wanted, options.runtimes, options.precisions)
+        runtimes = [each for each in options.runtimes if wanted.label != COMPRESSOR or each in FILES]
+        work += bench.rows(wanted, runtimes, options.precisions)
     for wanted in bench.pictures(options.images):
         work += bench.rows(wanted, (TFLITE,), options.precisions)
     rows = []
@@ -256,7 +284,9 @@ def benchmark(bench: Bench, options: argparse.Namespace, progress: ReportProgres
 
 def show(rows: Sequence[Row]) -> Table:
     """The rows, times as ratios to TFLite in float32 too."""
-    table = Table(caption="milliseconds and MiB above the libraries; ratio: time over that of TFLite float32")
+    table = Table(
+        caption="milliseconds and MiB above the libraries; ratio: time over that of TFLite float32" + _share(rows)
+    )
     for heading in ("part", "runtime", "precision", "ms", "slowest", "ratio", "first call", "MiB", "SNR dB"):
         table.add_column(
             heading, justify="left" if heading in ("part", "runtime", "precision") else "right", no_wrap=True
@@ -272,6 +302,17 @@ def show(rows: Sequence[Row]) -> Table:
             row.part, row.runtime, row.precision, *times, f"{found.peak_bytes / MIB:,.0f}", f"{row.snr_db:.1f}"
         )
     return table
+
+
+def _share(rows: Sequence[Row]) -> str:
+    """The compressor's time as a share of one tile's, by the fastest of what ran both; nothing without both."""
+    times: dict[str, list[float]] = {COMPRESSOR: [], ENCODER: []}
+    for row in rows:
+        if row.part in times and row.runtime in FILES:
+            times[row.part].append(row.probe.milliseconds)
+    if not all(times.values()):
+        return ""
+    return f"\nfastest compressor over fastest encoder of one tile: {min(times[COMPRESSOR]) / min(times[ENCODER]):.2%}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from hypervl_jax.architecture import require
 from tools.process_memory import status_bytes
 
 TFLITE, ONNX, TORCH, COMPILED = "tflite", "onnx", "torch", "torch.compile"
-ENCODER, PREFILL, DECODE = "encoder", "prefill", "decode"
+COMPRESSOR, ENCODER, PREFILL, DECODE = "compressor", "encoder", "prefill", "decode"
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[], dict[str, np.ndarray]]
@@ -39,7 +39,7 @@ class Case:
 
     Attributes:
         runtime: one of the constants above.
-        part: `ENCODER` (one tile to its visual tokens), `PREFILL` (a piece of a prompt, empty cache) or `DECODE` (one token).
+        part: `COMPRESSOR` (one proxy to α), `ENCODER` (one tile to its visual tokens), `PREFILL` (a piece of a prompt, empty cache) or `DECODE` (one token).
         model: file, or for PyTorch the directory.
         inputs: .npz with the arrays of `tools.edge_graphs` by name; of a tile, as bytes.
         precision: "float32", "int8".

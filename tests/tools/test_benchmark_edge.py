@@ -33,7 +33,8 @@ def test_runtimes_agree_with_jax(run: Path, capsys: pytest.CaptureFixture[str]) 
     words = ("--checkpoint", str(run), "--runtimes", "tflite,onnx,torch", "--precisions", "float32")
     rows = measured(capsys, *words)
     assert [(row["part"], row["runtime"]) for row in rows] == [
-        (part, runtime) for part in ("encoder", "prefill", "decode") for runtime in ("tflite", "onnx", "torch")
+        *(("compressor", runtime) for runtime in ("tflite", "onnx")),
+        *((part, runtime) for part in ("encoder", "prefill", "decode") for runtime in ("tflite", "onnx", "torch")),
     ]
     for row in rows:
         assert row["snr_db"] > 100, row
@@ -45,7 +46,7 @@ def test_runtimes_agree_with_jax(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_rounded_and_compiled_models_are_near_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = measured(capsys, "--checkpoint", str(run))
     ratios = {(row["part"], row["runtime"], row["precision"]): row["snr_db"] for row in rows}
-    assert len(ratios) == 3 * 4 * 2
+    assert len(ratios) == 3 * 4 * 2 + 2 * 2
     assert all(ratio > (100 if precision == "float32" else 15) for (_, _, precision), ratio in ratios.items()), ratios
 
 
