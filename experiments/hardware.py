@@ -175,7 +175,7 @@ TABLE: tuple[Hardware, ...] = (
         rows=1,
         decoder_remat="dots",
         tile_chunk=2,
-        planned="4.9 of 95.7 GiB a device, step at least 0.10 s",
+        planned="5.1 of 95.7 GiB a device, step at least 0.10 s",
     ),
     Hardware(
         "v5p-8192",
