@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -69,21 +70,30 @@ def save(directory: pathlib.Path, made: Compiled) -> None:
 def apart(function: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
     """What `function` returns or raises in a new process, to which function and arguments are pickled.
 
-    Its standard error is kept from the terminal. Raises `CompilerFailed` with its last words when the process dies.
+    Its standard error is kept from the terminal, and it ends when this process does, killed or not. Raises `CompilerFailed` with its
+    last words when it dies.
     """
     with tempfile.TemporaryDirectory() as directory:
         said = pathlib.Path(directory) / "stderr"
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_send_errors_to, initargs=(said,)) as pool:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(said,)) as pool:
             try:
                 return pool.submit(function, *arguments, **keywords).result()
             except BrokenProcessPool:
                 raise CompilerFailed(last_words(said.read_text(errors="replace"))) from None
 
 
-def _send_errors_to(path: pathlib.Path) -> None:
-    """Redirects the file descriptor: libtpu does not write through Python."""
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+def _begin(errors: pathlib.Path) -> None:
+    """In the new process: sends standard error to a file by its descriptor (libtpu does not write through Python), and ends with the parent."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def last_words(said: str) -> str:

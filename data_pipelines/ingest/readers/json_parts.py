@@ -1,0 +1,130 @@
+"""JSON lists and JSON Lines of any size, cut into parts that workers read on their own.
+
+A list's entries are separated by the commas one level deep. One pass over the bytes finds them, so that each part is a range of
+bytes that `json` parses alone; a streaming parser such as ijson knows no byte offsets, and would read a list from its start for
+every part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from data_pipelines.ingest import storage
+from data_pipelines.ingest.errors import FILE_DAMAGED, IngestError, Skip, unreadable
+
+LINES = (".jsonl", ".ndjson")
+"""Files with these endings hold an entry a line, all others one list."""
+
+PART_BYTES = 32 * 2**20
+"""A part ends with the entry that reaches so many bytes, also before it has all its entries."""
+
+ENTRY_BYTES = 64 * 2**20
+"""A longer entry is none; without a limit it could take all memory."""
+
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_AT_DEPTH_1 = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb")*+(.?)", re.DOTALL)
+_DEEPER = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb")*+(.?)", re.DOTALL)
+_SPACE = b" \t\r\n"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The bytes [start, end) of a file, which hold whole entries; the first of them is entry `first` of the file (line, in lines)."""
+
+    first: int
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.start}-{self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """The part that `str` wrote."""
+        return cls(*map(int, re.split("[:-]", text)))
+
+
+def split(path: str, entries: int) -> list[Part]:
+    """The parts of a file, of so many entries each or of `PART_BYTES`.
+
+    Raises:
+        IngestError: a list that breaks off, a file that is no list and not named as lines, or an entry over `ENTRY_BYTES`.
+    """
+    ends = _line_ends(storage.blocks(path)) if path.endswith(LINES) else _entry_ends(path, storage.blocks(path))
+    parts: list[Part] = []
+    count, first, start, last = 0, 0, next(ends), 0
+    last = start
+    for end in ends:
+        if end - last > ENTRY_BYTES:
+            raise IngestError(f"{path}: entry {count} at byte {last} has over {ENTRY_BYTES} bytes; it is no sample")
+        count, last = count + 1, end
+        if count - first == entries or end - start >= PART_BYTES:
+            parts.append(Part(first, start, end))
+            first, start = count, end
+    return parts + [Part(first, start, last)] * (last > start)
+
+
+def read(path: str, part: Part) -> Iterator[tuple[int, Any]]:
+    """(number, entry) of a part; a `Skip` in the place of an entry that is not JSON."""
+    (data,) = storage.read_ranges(path, [(part.start, part.end)])
+    if path.endswith(LINES):
+        for number, line in enumerate(data.splitlines(), part.first):
+            if line.strip():
+                yield number, _parsed(line, "not_json", f"{path}:{number}")
+        return
+    entries = _parsed(b"[" + data.strip(_SPACE + b",") + b"]", FILE_DAMAGED, f"{path}, bytes {part.start}-{part.end}")
+    yield from [(part.first, entries)] if isinstance(entries, Skip) else enumerate(entries, part.first)
+
+
+def _parsed(data: bytes, reason: str, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return unreadable(reason, f"{where}: {error}")
+
+
+def _line_ends(blocks: Iterable[bytes]) -> Iterator[int]:
+    """0, then the offset after every line."""
+    yield 0
+    offset = last = 0
+    for block in blocks:
+        for match in re.finditer(rb"\n", block):
+            last = offset + match.end()
+            yield last
+        offset += len(block)
+    if offset > last:
+        yield offset
+
+
+def _entry_ends(path: str, blocks: Iterable[bytes]) -> Iterator[int]:
+    """The offset after a list's bracket, then after each entry's comma, and that of the closing bracket."""
+    depth, offset, rest = 0, 0, b""
+    for block in blocks:
+        data, position = rest + block, 0
+        while position < len(data):
+            match = (_AT_DEPTH_1 if depth == 1 else _DEEPER).match(data, position)
+            mark, position = match[1], match.end()
+            if mark == b'"':  # a text that goes on in the next block
+                position -= 1
+                break
+            if depth == 0 and mark:
+                depth = _opened(path, data[: position - 1], mark, offset)
+                if depth == 0:
+                    return
+                yield offset + position
+                continue
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
+            if depth == 0:
+                yield offset + position - 1
+                return
+            if mark == b",":
+                yield offset + position
+        rest, offset = data[position:], offset + position
+        if len(rest) > ENTRY_BYTES:
+            raise IngestError(f"{path}: a text at byte {offset} has over {ENTRY_BYTES} bytes; it is no sample")
+    raise IngestError(f"{path} breaks off after {offset + len(rest)} bytes; fetch it again")
