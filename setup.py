@@ -42,6 +42,7 @@ INGEST = [
     "google-crc32c>=1.5",
     "imagehash>=4.3.2",
     "py3langid>=0.4",
+    "pypdfium2>=5",
     "tensorflow-datasets>=4.9.9",
 ]
 # The converter is reached through an interface that is not a stable one; the quantizer and the runtime match it.

@@ -7,7 +7,7 @@ A source's directory is called like its key here. Licences are of the set as a w
 named them in a stored copy, of 2023 to 2026, that we looked at on 2026-11-22; KALE's and OS-Atlas's earlier that month. No live page
 was seen: **read it before you use the set**. Parts and linked images have licences of their own, and what may be used is decided by
 whoever brings a set into our record format. "Addresses" are of images that are not part of the data set: they must be downloaded, and
-some are gone. Some sets cannot be read by `data_pipelines.ingest` yet (`PublicSource.obstacle`); docs/sources.md says how the others are.
+some are gone. docs/sources.md says how `data_pipelines.ingest` reads each.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ _BY_SUBSET = "by subset"
 
 @dataclasses.dataclass(frozen=True)
 class PublicSource:
-    """A public data set: what kind of data it is, one line about it, its Hugging Face name, the licence on its page, and why
-    `data_pipelines.ingest` cannot read it yet (empty where it can).
-    """
+    """A public data set: what kind of data it is, one line about it, its Hugging Face name, and the licence on its page."""
 
     kind: str
     description: str
     dataset: str
     licence: str
-    obstacle: str = ""
 
     @property
     def page(self) -> str:
@@ -38,8 +35,7 @@ class PublicSource:
         return f"https://huggingface.co/datasets/{self.dataset}"
 
     def __str__(self) -> str:
-        obstacle = f"; NOT READABLE YET by data_pipelines.ingest: {self.obstacle}" if self.obstacle else ""
-        return f"{self.description}; Hugging Face data set {self.dataset}, licence {self.licence}{obstacle}"
+        return f"{self.description}; Hugging Face data set {self.dataset}, licence {self.licence}"
 
 
 PUBLIC_SOURCES: Mapping[str, PublicSource] = {
@@ -72,21 +68,18 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "addresses of web images with their text and its places",
         "Salesforce/blip3-ocr-200m",
         "Apache-2.0",
-        "its captions are JSON with places, not text",
     ),
     "pdfa": PublicSource(
         "documents",
         "pages of English PDF files with their text",
         "pixparse/pdfa-eng-wds",
         "pdfa-eng-wds, its own",
-        "its pages are PDF files, their words and places JSON",
     ),
     "idl": PublicSource(
         "documents",
         "scanned industry documents with their text",
         "pixparse/idl-wds",
         "idl-train, its own",
-        "its pages are TIFF files, their words and places JSON",
     ),
     "docmatix": PublicSource(
         "documents",
@@ -105,14 +98,12 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "addresses of web images with captions and the boxes of what they name",
         "Salesforce/blip3-grounding-50m",
         "Apache-2.0",
-        "its captions are JSON with boxes, not text",
     ),
     "os-atlas": PublicSource(
         "GUI",
         "screenshots of phones, desktops and web pages with the boxes of their elements",
         "OS-Copilot/OS-Atlas-data",
         "Apache-2.0",
-        "screenshots in zips that come in parts, boxes as numbers without a prompt",
     ),
     "finevision": PublicSource(
         "VQA and STEM",
@@ -125,7 +116,6 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "vision instructions",
         "nyu-visionx/Cambrian-10M",
         "Apache-2.0",
-        "JSON Lines that name pictures; the reader `llava` takes one JSON list, of a size that fits memory",
     ),
     "cauldron": PublicSource(
         "VQA",
@@ -144,21 +134,18 @@ PUBLIC_SOURCES: Mapping[str, PublicSource] = {
         "texts of web pages with the addresses of the images between their paragraphs",
         "HuggingFaceM4/OBELICS",
         "CC-BY-4.0",
-        "texts and addresses of images in two lists, side by side",
     ),
     "mantis": PublicSource(
         "multi-image",
         "instructions about several images at once",
         "TIGER-Lab/Mantis-Instruct",
         "Apache-2.0",
-        "its pictures lie in zips beside the Parquet, not in it",
     ),
     "mammoth-vl": PublicSource(
         "instruction",
         "vision instructions with rewritten, longer answers",
         "MAmmoTH-VL/MAmmoTH-VL-Instruct-12M",
         "Apache-2.0",
-        "JSON lists of 22 and 4 GB; the reader `llava` parses a list whole in each worker",
     ),
     "fineweb-edu": PublicSource(
         "text",

@@ -42,7 +42,9 @@ sources (KIND:LOCATION; locations may be gs://, s3:// or local, with {000..123} 
   webdataset:gs://b/laion/{00000..00099}.tar   tar shards; img2dataset's output for sets that are lists of URLs
   parquet:/data/set/*.parquet                  Parquet with the pictures' bytes, as Hugging Face datasets writes it
   tfds:/data/tfds/coco/2017/1.1.0              a prepared TFDS builder; --option split=train
-  llava:/data/chat.json                        LLaVA's JSON list and its folder of pictures; --option images=DIR
+  llava:/data/chat.json                        LLaVA's JSON list or JSON Lines, and its pictures; --option images=DIR, *.zip or *.tar
+  pages:/data/documents/*.tar                  tar shards of PDF or TIFF files with their text; a record a page
+  interleaved:/data/obelics/*.parquet          web pages with the addresses of their images; --option pictures=DIR, fetched before
   jsonl:/data/text/*.jsonl.gz                  one object a line
 
 examples:

@@ -55,6 +55,9 @@ class FieldNames:
         url: where the sample came from; kept in the metadata and held against the opt-out list.
         licence: of the sample.
         language: of the sample, a BCP 47 tag.
+        places: a caption with boxes in BLIP-3's marks, in several versions (`boxes.marked_caption`).
+        elements: a list of objects that have a question and a `box` each; one exchange an object.
+        box: four fractions, left, top, right, bottom: the answer to the question (`boxes.box_text`).
         ignored: fields that hold pictures which are left out on purpose; any other picture that is not used is a failure.
     """
 
@@ -67,6 +70,9 @@ class FieldNames:
     url: tuple[str, ...] = ("url", "source_url", "image_url")
     licence: tuple[str, ...] = ("licence", "license")
     language: tuple[str, ...] = ("language", "lang")
+    places: tuple[str, ...] = ()
+    elements: tuple[str, ...] = ()
+    box: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.ingest.boxes import box_text, marked_caption
 from data_pipelines.ingest.config import FieldNames, IngestConfig
 from data_pipelines.ingest.errors import Skip, unreadable
 from data_pipelines.records import MAX_IMAGES, MAX_TURNS, Record
@@ -51,7 +52,7 @@ class SourceTags:
 def to_record(sample: Sample, tags: SourceTags, config: IngestConfig) -> Record:
     """The record of a sample.
 
-    Its turns come from the first of: a conversation, a question with its answer, a caption, plain text. `language` is empty
+    Its turns come from the first of: a conversation, boxes, a question with its answer, a caption, plain text. `language` is empty
     where neither the sample nor the source says it.
 
     Raises:
@@ -150,6 +151,8 @@ def _turns(fields: Mapping[str, Any], names: FieldNames, images: int, prompt: st
     conversation = _first(fields, names.conversation)
     if conversation is not None:
         return _with_slots(_conversation(conversation), images)
+    if _first(fields, (*names.places, *names.elements, *names.box)) is not None:
+        return _with_slots(_placed(fields, names, prompt), images)
     question = _text(fields, names.question) or prompt
     answer = _answer(_first(fields, names.answer)) if question else ""
     if question and answer:
@@ -161,6 +164,30 @@ def _turns(fields: Mapping[str, Any], names: FieldNames, images: int, prompt: st
     if text and not images:
         return [Turn("assistant", text)]
     raise unreadable("missing_fields", f"has only {', '.join(sorted(fields))}")
+
+
+def _placed(fields: Mapping[str, Any], names: FieldNames, prompt: str) -> list[Turn]:
+    """Turns whose answers have boxes: a caption with places, or an exchange for each element."""
+    captions = _first(fields, names.places)
+    if captions is not None:
+        return [Turn("user", prompt), Turn("assistant", marked_caption(captions).strip())]
+    elements = _first(fields, names.elements)
+    if elements is None:
+        elements = [fields]
+    if not isinstance(elements, (list, tuple)) or not all(isinstance(element, Mapping) for element in elements):
+        raise unreadable("field_type", f"a {type(elements).__name__} where a list of objects with boxes is expected")
+    if not 1 <= len(elements) <= MAX_TURNS // 2:
+        raise unreadable(
+            "missing_fields", f"{len(elements)} elements with boxes; 1 to {MAX_TURNS // 2} make a conversation"
+        )
+    return [turn for element in elements for turn in _element(element, names, prompt)]
+
+
+def _element(element: Mapping[str, Any], names: FieldNames, prompt: str) -> list[Turn]:
+    question, box = _text(element, names.question), _first(element, names.box)
+    if not question or box is None:
+        raise unreadable("missing_fields", f"an element has only {', '.join(sorted(element))}")
+    return [Turn("user", f"{prompt} {question}".strip()), Turn("assistant", box_text(box))]
 
 
 def _answer(value: Any) -> str:

@@ -232,11 +232,17 @@ def local_copy(path: str) -> Iterator[pathlib.Path]:
 
 
 def download(path: str, copy: pathlib.Path) -> None:
-    """Copies a file into a local one, block by block; each block has the time limit of a call."""
+    """Copies a file into a local one, block by block."""
+    with copy.open("wb") as file:
+        file.writelines(blocks(path))
+
+
+def blocks(path: str) -> Iterator[bytes]:
+    """A file's bytes from its start, in blocks of some megabytes; each block has the time limit of a call."""
     source = _call(path, "open", lambda store, name: store.open(name, "rb"))
-    with copy.open("wb") as file, contextlib.closing(source):
+    with contextlib.closing(source):
         while block := within(CALL_SECONDS, lambda: source.read(_BLOCK), f"cannot read {path}"):
-            file.write(block)
+            yield block
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ ENTRY_BYTES = 64 * 2**20
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _AT_DEPTH_1 = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb")*+(.?)", re.DOTALL)
 _DEEPER = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb")*+(.?)", re.DOTALL)
+_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _SPACE = b" \t\r\n"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -57,8 +58,8 @@ def split(path: str, entries: int) -> list[Part]:
     """
     ends = _line_ends(storage.blocks(path)) if path.endswith(LINES) else _entry_ends(path, storage.blocks(path))
     parts: list[Part] = []
-    count, first, start, last = 0, 0, next(ends), 0
-    last = start
+    count, first = 0, 0
+    start = last = next(ends)
     for end in ends:
         if end - last > ENTRY_BYTES:
             raise IngestError(f"{path}: entry {count} at byte {last} has over {ENTRY_BYTES} bytes; it is no sample")
@@ -73,11 +74,11 @@ def read(path: str, part: Part) -> Iterator[tuple[int, Any]]:
     """(number, entry) of a part; a `Skip` in the place of an entry that is not JSON."""
     (data,) = storage.read_ranges(path, [(part.start, part.end)])
     if path.endswith(LINES):
-        for number, line in enumerate(data.splitlines(), part.first):
+        for number, line in enumerate(data.split(b"\n"), part.first):
             if line.strip():
                 yield number, _parsed(line, "not_json", f"{path}:{number}")
         return
-    entries = _parsed(b"[" + data.strip(_SPACE + b",") + b"]", FILE_DAMAGED, f"{path}, bytes {part.start}-{part.end}")
+    entries = _parsed(b"[" + data.rstrip(_SPACE + b",") + b"]", FILE_DAMAGED, f"{path}, bytes {part.start}-{part.end}")
     yield from [(part.first, entries)] if isinstance(entries, Skip) else enumerate(entries, part.first)
 
 
@@ -102,29 +103,34 @@ def _line_ends(blocks: Iterable[bytes]) -> Iterator[int]:
 
 
 def _entry_ends(path: str, blocks: Iterable[bytes]) -> Iterator[int]:
-    """The offset after a list's bracket, then after each entry's comma, and that of the closing bracket."""
-    depth, offset, rest = 0, 0, b""
-    for block in blocks:
-        data, position = rest + block, 0
+    """The offset after a list's opening bracket, then after each entry's comma, and that of the closing bracket."""
+    blocks = iter(blocks)
+    data = next(blocks, b"")
+    position = _opening(path, data)
+    yield position
+    depth, offset = 1, 0
+    while True:
         while position < len(data):
             match = (_AT_DEPTH_1 if depth == 1 else _DEEPER).match(data, position)
-            mark, position = match[1], match.end()
-            if mark == b'"':  # a text that goes on in the next block
-                position -= 1
+            if match[1] == b'"':  # a text that goes on in the next block
+                position = match.end() - 1
                 break
-            if depth == 0 and mark:
-                depth = _opened(path, data[: position - 1], mark, offset)
-                if depth == 0:
-                    return
-                yield offset + position
-                continue
-            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
+            position, depth = match.end(), depth + _STEPS.get(match[1], 0)
             if depth == 0:
                 yield offset + position - 1
                 return
-            if mark == b",":
+            if match[1] == b",":
                 yield offset + position
-        rest, offset = data[position:], offset + position
-        if len(rest) > ENTRY_BYTES:
-            raise IngestError(f"{path}: a text at byte {offset} has over {ENTRY_BYTES} bytes; it is no sample")
-    raise IngestError(f"{path} breaks off after {offset + len(rest)} bytes; fetch it again")
+        block = next(blocks, None)
+        if block is None or len(data) - position > ENTRY_BYTES:
+            fault = "breaks off" if block is None else f"has a text of over {ENTRY_BYTES} bytes"
+            raise IngestError(f"{path} {fault} at byte {offset + position}; fetch it again")
+        data, position, offset = data[position:] + block, 0, offset + position
+
+
+def _opening(path: str, data: bytes) -> int:
+    """The offset after the bracket that opens a list."""
+    text = data.removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
+    if not text.startswith(b"["):
+        raise IngestError(f"{path} is not a JSON list; names of JSON Lines end in {' or '.join(LINES)}")
+    return len(data) - len(text) + 1

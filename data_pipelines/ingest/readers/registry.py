@@ -11,8 +11,10 @@ from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.ingest.samples import Sample
 
 READERS: Mapping[str, str] = {
+    "interleaved": "data_pipelines.ingest.readers.interleaved:InterleavedReader",
     "jsonl": "data_pipelines.ingest.readers.jsonl:JsonLinesReader",
     "llava": "data_pipelines.ingest.readers.llava:LlavaReader",
+    "pages": "data_pipelines.ingest.readers.pages:PagesReader",
     "parquet": "data_pipelines.ingest.readers.parquet:ParquetReader",
     "tfds": "data_pipelines.ingest.readers.tfds:TfdsReader",
     "webdataset": "data_pipelines.ingest.readers.webdataset:WebDatasetReader",

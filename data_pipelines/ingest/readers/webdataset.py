@@ -59,8 +59,8 @@ class WebDatasetReader:
     def read(self, unit: str) -> Iterator[Sample | Skip]:
         """One sample for each run of members with the same key."""
         with storage.local_copy(unit) as path:
-            for key, members in itertools.groupby(_members(str(path)), lambda member: member[0]):
-                yield _sample(f"{unit}:{key}", [(extension, data) for _, extension, data in members])
+            for key, group in itertools.groupby(members(str(path)), lambda member: member[0]):
+                yield _sample(f"{unit}:{key}", [(extension, data) for _, extension, data in group])
 
 
 class _Header(tarfile.TarInfo):
@@ -77,7 +77,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} where a member or the end of the archive is expected") from error
 
 
-def _members(path: str) -> Iterator[tuple[str, str, bytes | Skip]]:
+def members(path: str) -> Iterator[tuple[str, str, bytes | Skip]]:
     """(key, extension, content) of the files in an archive; a damaged archive ends with a skip.
 
     The skip has the key of the member before it: that member's sample may have lost the others, its picture among them.
@@ -120,7 +120,7 @@ def _sample(key: str, members: list[tuple[str, bytes | Skip]]) -> Sample | Skip:
             return data
         name, _, kind = extension.rpartition(".")
         if kind == "json":
-            parsed = _object(data)
+            parsed = json_object(data)
             if parsed is None:
                 return unreadable("not_json", f"{key}.{extension}")
             described |= parsed
@@ -132,7 +132,8 @@ def _sample(key: str, members: list[tuple[str, bytes | Skip]]) -> Sample | Skip:
     return Sample(key, described | members_by_name | ({"images": ordered} if ordered else {}))
 
 
-def _object(data: bytes) -> dict[str, Any] | None:
+def json_object(data: bytes) -> dict[str, Any] | None:
+    """The object in a `.json` member; None where it holds anything else."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

@@ -266,7 +266,7 @@ def test_worker_errors_are_one_sentence(place: pathlib.Path, tmp_path: pathlib.P
     base = ["--name", "x", "--licence", "CC0-1.0", "--tokenizer", str(place), "--output", str(tmp_path / "out")]
     status, _, errors = ingest(["--source", f"llava:{tmp_path}/x.json", *base])
     assert (status, errors.count("\n")) == (1, 1)
-    assert "holds a dict, not a list" in errors
+    assert "is not a JSON list" in errors
     write_jsonl(tmp_path / "x.jsonl", [{"text": "One."}])
     (tmp_path / "c.yaml").write_text("scorers: [{name: clip, factory: 'nowhere:make'}]")
     status, _, errors = ingest(["--source", f"jsonl:{tmp_path}/x.jsonl", *base, "--config", str(tmp_path / "c.yaml")])

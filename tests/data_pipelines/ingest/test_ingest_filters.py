@@ -21,6 +21,7 @@ from data_pipelines.ingest import staging
 from data_pipelines.ingest.config import IngestConfig, ScorerConfig, load_config
 from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.ingest.lists import compile_lists, load_lists
+from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.ingest.reading import Reading, UnitStager, check_failure_rate, exclusions_path
 from data_pipelines.ingest.samples import SourceTags
 from data_pipelines.ingest.scorers import Scorer, load_scorer, personal_data, score
@@ -40,8 +41,9 @@ def stage(
     directory = str(tmp_path / "staging")
     compile_lists(config).save(exclusions_path(directory))
     staging.write_tokenizer(directory, corpora.tokenizer())
-    units = ("0",) if source else (str(tmp_path / "unit.jsonl"),)
-    reading = Reading(directory, source or f"jsonl:{tmp_path}", {}, units, (), SourceTags("s"), config)
+    source = source or f"jsonl:{tmp_path}/unit.jsonl"
+    units = tuple(make_reader(source, {}).units())
+    reading = Reading(directory, source, {}, units, (), SourceTags("s"), config)
     report = UnitStager(reading).stage(0)
     rows_kept = staging.read_rows(directory, 0)
     assert report == staging.read_unit(directory, 0)

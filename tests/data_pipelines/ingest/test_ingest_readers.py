@@ -54,7 +54,7 @@ def test_every_reader_has_a_class() -> None:
 
 
 def test_unknown_kind_and_option_are_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(IngestError, match="kinds are jsonl, llava"):
+    with pytest.raises(IngestError, match="kinds are interleaved, jsonl, llava"):
         make_reader("csv:x", {})
     with pytest.raises(IngestError, match="no option 'speed'; it has images, per_unit"):
         make_reader("llava:x.json", {"speed": "1"})
