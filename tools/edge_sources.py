@@ -25,7 +25,7 @@ from hypervl_jax.vision.decoding import decode_image
 from tools import artifacts, edge_graphs, evaluate, golden
 from tools.artifacts import Manifest
 from tools.edge_graphs import Graph
-from tools.edge_runtime import EdgeSettings
+from tools.edge_runtime import EdgeModel, EdgeSettings
 from tools.golden import RUNTIME, Case, Golden
 from tools.quantisation import Precision, quantise
 from tools.to_torch import BOTH, Source, open_source
@@ -49,7 +49,8 @@ class Request:
         prefill: lengths of the prefill graphs.
         slots: of the cache, for prompt and answer.
         data: root of sources with answers; `data/heldout/TASK` is compared on besides the golden prompts.
-        items: of each source.
+        items: of each held-out source.
+        calibration_items: of each training source.
         calibrated: names of the precisions that take ranges from `data/train/TASK`.
     """
 
@@ -62,6 +63,7 @@ class Request:
     slots: int
     data: str | None
     items: int
+    calibration_items: int
     calibrated: tuple[str, ...]
 
 
@@ -92,9 +94,10 @@ def read(request: Request) -> Exported:
     lengths = tuple(sorted(set(prefill))) if DECODER in request.parts else ()
     settings = EdgeSettings(source.config, request.vrc.config if request.vrc else None, branches, lengths, slots)
     require(not names or request.data is not None, f"{' and '.join(names)} take ranges from real records: give --data")
-    calibration = records(source, request.data, TRAIN, request.items) if names else ()
+    calibration = records(source, request.data, TRAIN, request.calibration_items) if names else ()
     held_out = () if request.data is None else records(source, request.data, HELDOUT, request.items)
     cases = (*golden.cases(source.config.tiling), *held_out)
+    check_slots(cases, EdgeModel(settings, source.tokenizer, {}))
     params = _parameters(source, settings)
     compute = golden.compute if settings.prefill and settings.branches else _encode_only
     references = {
@@ -102,6 +105,18 @@ def read(request: Request) -> Exported:
         for branch in settings.branches
     }
     return Exported(source, settings, params, request.vrc, cases, references, calibration)
+
+
+def check_slots(cases: Sequence[Case], model: EdgeModel) -> None:
+    """Raises `ConfigError` when a prompt with its answer does not fit the cache."""
+    for case in cases if model.settings.prefill else ():
+        prompt, _ = model.prompt(case.request.turns, case.images, [1.0] * len(case.images))
+        needed = len(prompt.tokens) + golden.NEW_TOKENS - 1
+        require(
+            needed <= model.settings.slots,
+            f"{case.name}: a prompt of {len(prompt.tokens)} tokens and {golden.NEW_TOKENS} new ones take {needed} slots of the cache; "
+            f"give --slots {needed} or more, or fewer --items",
+        )
 
 
 def _parameters(source: Source, settings: EdgeSettings) -> Mapping[str, Any]:
@@ -226,7 +241,14 @@ def add_options(add: Callable[..., Any], precisions: Sequence[str]) -> None:
     add("--prefill", type=_lengths, default=(128,), metavar="LIST", help="lengths of prefill graphs (default: 128)")
     add("--slots", type=int, default=1024, metavar="N", help="positions the cache holds (default: %(default)s)")
     add("--data", metavar="ROOT", help="compare on ROOT/heldout/TASK too, calibrate on ROOT/train/TASK")
-    add("--items", type=int, default=4, metavar="N", help="records of each source of --data (default: %(default)s)")
+    add("--items", type=int, default=4, metavar="N", help="records of each TASK to compare on (default: %(default)s)")
+    add(
+        "--calibration-items",
+        type=int,
+        default=16,
+        metavar="N",
+        help="records of each TASK to calibrate on (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print the reports as one JSON object")
 
 

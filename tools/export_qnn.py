@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _shared(options: argparse.Namespace, progress: ReportProgress) -> dict[str, Any]:
-    names = ("parts", "encoder", "compressor", "prefill", "slots", "data", "items", "step")
+    names = ("parts", "encoder", "compressor", "prefill", "slots", "data", "items", "calibration_items", "step")
     return {"progress": progress, **{name: getattr(options, name) for name in names}}
 
 

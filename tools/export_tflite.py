@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.errors import RecordError
-from hypervl_jax.architecture import BRANCHES, ConfigError
+from hypervl_jax.architecture import BRANCHES, ConfigError, require
 from hypervl_jax.models.compressor_io import load_compressor
 from hypervl_jax.models.safetensors_files import CheckpointError
 from hypervl_jax.text.conversation import ConversationError
 from hypervl_jax.text.tokenizer import TokenizerError
-from tools import artifacts, edge_calibration, edge_parity, edge_sources
+from tools import artifacts, edge_calibration, edge_parity, edge_sources, litert_bundle
 from tools.artifacts import ArtifactError
 from tools.edge_runtime import KIND, TOKENIZER, EdgeModel, open_signatures
 from tools.edge_sources import PARTS, Exported, Request, part_graphs
@@ -37,13 +37,22 @@ FAILURE, SUCCESS = 1, 0
 CALIBRATED_AS = {"compressor": "float32", "embedder": "int8"}
 """Parts of a calibrated artifact that are not calibrated: a small network that decides on α, and a table."""
 
-PACKAGES = ("jax", "flax", "numpy", "litert-converter", "ai-edge-litert", "litert-quantizer")
+PACKAGES = (
+    "jax",
+    "flax",
+    "numpy",
+    "litert-converter",
+    "ai-edge-litert",
+    "litert-quantizer",
+    "litert-lm-builder",
+    "litert-lm",
+)
 MINIMUM_SNR = 80.0
 """Of every part at float32, dB; below it the graphs are wrong, and nothing is written."""
 
 _DESCRIPTION = """\
 Writes a checkpoint as TFLite files for edge runtimes: the encoder (vision tower and projector) of each branch, the compressor (VRC),
-the token embedder, and the decoder with prefill and decode signatures. Then runs them by ai-edge-litert and prints how far
+the token embedder, and the decoder with prefill and decode signatures; with --bundle a .litertlm for the LiteRT-LM engine. Then runs them by ai-edge-litert and prints how far
 they are from JAX in float32 on three golden prompts and on records of --data. Nothing is left behind when anything fails.
 """
 _EPILOG = """\
@@ -59,6 +68,8 @@ examples:
   python -m tools.export_tflite --checkpoint runs/demo/stage3 --compressor runs/demo/compressor --output exports/tflite
   python -m tools.export_tflite --checkpoint runs/demo/stage3 --encoder both --precision float32,int8,int4 \\
       --data runs/demo/data --items 10 --output exports/tflite
+  python -m tools.export_tflite --checkpoint runs/demo/stage3 --precision int8 --bundle --output exports/phone
+  litert-lm run exports/phone/base.litertlm --prompt "What is 2 + 3?"
   python -m tools.run_tflite exports/tflite/int8 --image picture.png --question "What is in the picture?"
 
 exit status:
@@ -78,7 +89,9 @@ def export(
     slots: int = 1024,
     data: str | None = None,
     items: int = 4,
+    calibration_items: int = 16,
     step: int | None = None,
+    bundle: bool = False,
     progress: ReportProgress = lambda what, done, total: None,
 ) -> dict[str, dict[str, Any]]:
     """Writes one artifact for each precision; `output` appears only when all are complete.
@@ -94,8 +107,10 @@ def export(
         slots: of the cache, for prompt and answer.
         data: root of sources with answers (`data/heldout/TASK`), compared on besides the golden prompts; the ranges of calibrated
             precisions come from the same sources' training split.
-        items: of each source.
+        items: of each held-out source.
+        calibration_items: of each training source, for ranges.
         step: the newest when None.
+        bundle: write a `.litertlm` of each branch too, except at calibrated precisions.
         progress: told what is being done, and how much of it is.
 
     Returns:
@@ -107,11 +122,15 @@ def export(
     """
     artifacts.check_output(output)
     converter()
+    if bundle:
+        _check_bundle(precisions, parts)
     steps = 2 * len(precisions) + 2
     progress("reading", 0, steps)
     calibrated = [name for name in precisions if PRECISIONS[name].activations is not None]
     vrc = None if compressor is None else load_compressor(compressor)
-    request = Request(checkpoint, step, parts, encoder, vrc, prefill, slots, data, items, tuple(calibrated))
+    request = Request(
+        checkpoint, step, parts, encoder, vrc, prefill, slots, data, items, calibration_items, tuple(calibrated)
+    )
     made = edge_sources.read(request)
     reports = {}
     with artifacts.writing(output, _bytes(made, precisions)) as temporary:
@@ -119,7 +138,7 @@ def export(
             home = temporary / name if len(precisions) > 1 else temporary
             home.mkdir(exist_ok=True)
             told = lambda what, done, shift=2 * number + 1: progress(what, done + shift, steps)
-            reports[name] = _export_one(made, name, home, told)
+            reports[name] = _export_one(made, name, home, told, bundle and PRECISIONS[name].activations is None)
     return reports
 
 
@@ -141,7 +160,17 @@ def _bytes(made: Exported, precisions: Sequence[str]) -> int:
     return sum(parameters * (PRECISIONS[name].layers or 32) // 8 for name in precisions)
 
 
-def _export_one(made: Exported, name: str, home: pathlib.Path, progress: Callable[[str, int], None]) -> dict[str, Any]:
+def _check_bundle(precisions: Sequence[str], parts: Sequence[str]) -> None:
+    """Raises what would stop a bundle, before anything is computed."""
+    litert_bundle.packages()
+    require(set(parts) == set(PARTS), f"a bundle holds all parts: leave --parts out, or give {','.join(PARTS)}")
+    whole = any(PRECISIONS[name].activations is None for name in precisions)
+    require(whole, "the engine of bundles keeps activations in float32: give float32, int8 or int4")
+
+
+def _export_one(
+    made: Exported, name: str, home: pathlib.Path, progress: Callable[[str, int], None], bundle: bool
+) -> dict[str, Any]:
     """Writes and compares the artifact of one precision; returns its report."""
     precision = PRECISIONS[name]
     progress(f"{name}: files", 0)
@@ -153,13 +182,33 @@ def _export_one(made: Exported, name: str, home: pathlib.Path, progress: Callabl
     progress(f"{name}: parity", 1)
     model = EdgeModel(made.settings, made.source.tokenizer, open_signatures(home))
     parts = edge_parity.compare(model, made.cases, made.references, made.vrc)
-    sizes = {path.name: path.stat().st_size for path in sorted(home.glob("*.tflite"))}
+    if bundle:
+        parts |= _write_bundles(made, precision, home)
+    sizes = {path.name: path.stat().st_size for path in sorted(home.glob("*.*lite*"))}
     report = {"precision": name, "bytes": sizes, "parts": parts}
-    wrong = [part for part, found in parts.items() if name == "float32" and found.get("snr_db", 200) < MINIMUM_SNR]
+    wrong = [part for part, found in parts.items() if name == "float32" and _differs(found)]
     if wrong:
         raise ArtifactError(f"at float32 {' and '.join(wrong)} differs from JAX: {json.dumps(parts)}")
     edge_sources.finish(made, KIND, name, home, report, artifacts.versions(PACKAGES))
     return report
+
+
+def _differs(found: Mapping[str, Any]) -> bool:
+    """Whether a part at float32 is another function than JAX's."""
+    return found.get("snr_db", edge_parity.EXACT) < MINIMUM_SNR or found.get("answers_equal") not in (
+        None,
+        found.get("of"),
+    )
+
+
+def _write_bundles(made: Exported, precision: Precision, home: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """A bundle of each branch; returns how the engine answers."""
+    found = {}
+    for branch in made.settings.branches:
+        path = home / f"{branch}{litert_bundle.SUFFIX}"
+        litert_bundle.write(made, branch, precision, path)
+        found[path.name] = litert_bundle.compare(made, branch, path)
+    return found
 
 
 def _write_files(made: Exported, precision: Precision, home: pathlib.Path) -> None:
@@ -192,9 +241,9 @@ def show(reports: Mapping[str, Mapping[str, Any]], output: str) -> None:
         table.add_column(heading, justify="left" if heading in ("precision", "part") else "right", no_wrap=True)
     for name, report in reports.items():
         for part, found in report["parts"].items():
-            size = report["bytes"].get(f"{part}.tflite")
+            size = report["bytes"].get(f"{part}.tflite", report["bytes"].get(part))
             ratio = f"{found['snr_db']:.1f}" if "snr_db" in found else ""
-            equal = found.get("top1", found.get("tokens_equal"))
+            equal = found.get("top1", found.get("tokens_equal", found.get("answers_equal")))
             agreement = "" if equal is None else f"{equal} of {found['of']}"
             table.add_row(name, part, f"{size / 1e6:.2f}" if size else "", ratio, agreement)
     Console(width=100).print(table)
@@ -210,6 +259,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     edge_sources.add_options(parser.add_argument, tuple(PRECISIONS))
+    about = "write a .litertlm of each encoder for litert-lm too, and compare its answers (float32, int8, int4)"
+    parser.add_argument("--bundle", action="store_true", help=about)
     return parser.parse_args(arguments)
 
 
@@ -229,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 slots=options.slots,
                 data=options.data,
                 items=options.items,
+                calibration_items=options.calibration_items,
                 step=options.step,
+                bundle=options.bundle,
                 progress=progress,
             )
     except (ArtifactError, CheckpointError, ConfigError, ConversationError, RecordError, TokenizerError) as error:

@@ -128,6 +128,34 @@ def _shared(graph: OnnxGraph, ranges: Mapping[str, Range]) -> dict[str, Range]:
     return {name: joined[root(name)] for name in ranges}
 
 
+def gram_matrices(graph: OnnxGraph, precision: Precision, feeds: Feeds) -> dict[str, Float32[np.ndarray, "c c"]]:
+    """XᵀX over all positions of what each matrix with block scales is multiplied with, by the matrix's name.
+
+    Args:
+        graph: in float32.
+        precision: that it will have.
+        feeds: inputs by name, as the graph will get them in use.
+    """
+    sources = {
+        node.input[1]: node.input[0]
+        for node in graph.nodes
+        if node.op_type == "Gemm" and _in_blocks(node.input[1], graph.constants[node.input[1]], precision)
+    }
+    if not sources:
+        return {}
+    watched = {name: graph.kinds.get(name) or graph.inputs[name] for name in dict.fromkeys(sources.values())}
+    with tempfile.TemporaryDirectory() as home:
+        path = pathlib.Path(home) / "watched.onnx"
+        onnx_files.save(dataclasses.replace(graph, outputs=watched), path)
+        session = onnx_files.open_session(path)
+        grams: dict[str, np.ndarray] = {}
+        for feed in feeds:
+            for name, value in zip(watched, session.run(list(watched), dict(feed)), strict=True):
+                rows = value.reshape(-1, value.shape[-1])
+                grams[name] = grams.get(name, np.float32(0)) + rows.T @ rows
+    return {matrix: grams[source] for matrix, source in sources.items()}
+
+
 # Whole numbers.
 
 
@@ -154,16 +182,20 @@ def _symmetric_of(found: Range) -> _Scale:
     return _Scale(np.float32(max(largest / 32767, 1e-9)).reshape(()), np.array(0, np.int16))
 
 
-def quantise_graph(graph: OnnxGraph, precision: Precision, feeds: Feeds) -> OnnxGraph:
+def quantise_graph(
+    graph: OnnxGraph, precision: Precision, feeds: Feeds, grams: Mapping[str, np.ndarray] | None = None
+) -> OnnxGraph:
     """The graph with whole-numbered weights and activations; inputs and outputs stay float32.
 
     Args:
         graph: in float32, of linear layers, norms, products, softmax and elementwise operations.
         precision: bits of matrices and activations.
         feeds: real inputs by name, for the ranges.
+        grams: of matrices with block scales by name, so that their rounding makes good its own errors; None: those of `feeds`.
     """
+    grams = gram_matrices(graph, precision, feeds) if grams is None else grams
     prepared = _split_biases(graph, precision)
-    return _Quantiser(prepared, precision, measure(prepared, feeds)).run()
+    return _Quantiser(prepared, precision, measure(prepared, feeds), grams).run()
 
 
 def _bits(name: str, precision: Precision) -> int:
@@ -190,8 +222,14 @@ def _split_biases(graph: OnnxGraph, precision: Precision) -> OnnxGraph:
 
 
 class _Quantiser:
-    def __init__(self, graph: OnnxGraph, precision: Precision, ranges: Mapping[str, Range]) -> None:
-        self.graph, self.precision = graph, precision
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        precision: Precision,
+        ranges: Mapping[str, Range],
+        grams: Mapping[str, np.ndarray],
+    ) -> None:
+        self.graph, self.precision, self.grams = graph, precision, grams
         self.scales = {name: _scale_of(found, precision.activations) for name, found in ranges.items()}
         self.ranges = ranges
         self.nodes: list[onnx.NodeProto] = []
@@ -294,7 +332,7 @@ class _Quantiser:
 
         Stored as [inputs, outputs] for MatMul: of Gemm the runtime (QAIRT 2.51) makes wrong numbers where it is not square.
         """
-        found = quantise_blocks(value, BLOCK)
+        found = quantise_blocks(value, BLOCK, self.grams.get(name))
         outer = [
             (f"{name}:blocks", np.ascontiguousarray(found.multiples.T)),
             (f"{name}:scale", found.scale),

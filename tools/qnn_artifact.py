@@ -22,11 +22,12 @@ from tools.edge_runtime import TOKENIZER, EdgeModel, Signature, read_settings
 from tools.edge_sources import PARTS, Exported, Request, part_graphs
 from tools.label_resolutions import ReportProgress
 from tools.onnx_graphs import OnnxGraph, onnx_graph
-from tools.onnx_quantise import quantise_graph
+from tools.onnx_quantise import gram_matrices, quantise_graph
 from tools.qnn_chips import KIND, VTCM_MB, Soc, find_soc
 from tools.qnn_contexts import Compiled, compile_context
 from tools.quantisation import FLOAT16, QNN_PRECISIONS, Precision
 
+DECODER_GRAPHS = ("decode", "prefill_")
 IN_FLOAT16 = ("compressor",)
 """Parts that stay in float16 at every precision: a small network that decides on α."""
 
@@ -51,6 +52,7 @@ def export(
     slots: int = 1024,
     data: str | None = None,
     items: int = 4,
+    calibration_items: int = 16,
     step: int | None = None,
     progress: ReportProgress = lambda what, done, total: None,
 ) -> dict[str, dict[str, Any]]:
@@ -61,7 +63,7 @@ def export(
         output: the artifact of one precision, or the parent of one directory for each.
         soc: a name in `SOCS`.
         precisions: of `QNN_PRECISIONS`.
-        parts, encoder, compressor, prefill, slots, data, items, step: as for `edge_sources.Request`.
+        parts, encoder, compressor, prefill, slots, data, items, calibration_items, step: as for `edge_sources.Request`.
         progress: told what is being done, and how much of it is.
 
     Returns:
@@ -78,7 +80,9 @@ def export(
     progress("reading", 0, 1)
     calibrated = [name for name in precisions if QNN_PRECISIONS[name].activations is not None]
     vrc = None if compressor is None else load_compressor(compressor)
-    request = Request(checkpoint, step, parts, encoder, vrc, prefill, slots, data, items, tuple(calibrated))
+    request = Request(
+        checkpoint, step, parts, encoder, vrc, prefill, slots, data, items, calibration_items, tuple(calibrated)
+    )
     made = edge_sources.read(request)
     reports = {}
     with artifacts.writing(output, _bytes(made, precisions)) as temporary:
@@ -171,12 +175,22 @@ class _Exporter:
             if not self.feeds.get(part):
                 raise ArtifactError(f"no prompt of the calibration data runs {part}; give more or longer records")
             source = self.work / f"{part}.whole.onnx"
-            onnx_files.save(quantise_graph(graph, precision, self.feeds[part]), source)
+            grams = self._grams(part, precision)
+            onnx_files.save(quantise_graph(graph, precision, self.feeds[part], grams), source)
         found = compile_context(source, home / f"{part}.onnx", self.soc)
         if source.name.endswith(".whole.onnx"):
             source.with_suffix(".weights").unlink()
             source.unlink()
         return found
+
+    def _grams(self, part: str, precision: Precision) -> dict[str, np.ndarray]:
+        """Of all that a part's matrices are multiplied with: prefill and decode have the same, and so are rounded alike."""
+        together = [each for each in self.graphs if each.startswith(DECODER_GRAPHS)]
+        grams: dict[str, np.ndarray] = {}
+        for each in together if part in together else [part]:
+            for name, gram in gram_matrices(self.graphs[each], precision, self.feeds.get(each, ())).items():
+                grams[name] = grams[name] + gram if name in grams else gram
+        return grams
 
     def _embedder(self, precision: Precision, home: pathlib.Path) -> None:
         graphs = part_graphs(self.made, precision).get(ON_CPU)

@@ -10,6 +10,12 @@ from jaxtyping import Float32, Int8, UInt8
 _SHRUNK = np.linspace(0.975, 0.6, 16, dtype=np.float32)
 """Shares of an output's largest weight that are tried as its range."""
 
+_LIMIT = np.float32(7)
+"""The largest whole number of 4 bits that has a negative."""
+
+_DAMPING = 0.01
+"""Of a Gram matrix, as a share of its mean diagonal: inputs that were hardly seen must not be trusted to make good the others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -88,25 +94,65 @@ class BlockedMatrix:
     scale: Float32[np.ndarray, "e"]
 
 
-def quantise_blocks(matrix: Float32[np.ndarray, "e c"], block: int) -> BlockedMatrix:
+def quantise_blocks(
+    matrix: Float32[np.ndarray, "e c"], block: int, gram: Float32[np.ndarray, "c c"] | None = None
+) -> BlockedMatrix:
     """4 bits; the range of each block is the one, of those that its multiples give, with the least squared error.
 
     The layout that Qualcomm's compiler calls low power block quantisation. The inputs must be whole blocks.
+
+    Args:
+        matrix: outputs by inputs.
+        block: inputs that share a range.
+        gram: XᵀX of inputs X [n, c] that the matrix is multiplied with. What rounding one input's weights adds to the products is
+            then taken back by the weights of the inputs that are rounded later, as far as inputs go together (GPTQ, arXiv 2210.17323).
     """
     rows, columns = matrix.shape
-    cut = np.ascontiguousarray(matrix, np.float32).reshape(rows * columns // block, block)
-    limit = np.float32(7)
-    largest = np.maximum(np.abs(matrix).max(1), np.float32(1e-20))
-    scale = np.repeat(largest / limit / np.float32(15), columns // block)
-    wanted = np.abs(cut).max(1) / limit / scale
+    rest = np.array(matrix, np.float32)
+    scale = np.maximum(np.abs(rest).max(1), np.float32(1e-20)) / _LIMIT / np.float32(15)
+    values, multiples = np.empty((rows, columns), np.int8), np.empty((rows, columns // block), np.uint8)
+    spread = None if gram is None else _spread(gram)
+    for first in range(0, columns, block):
+        here, later = slice(first, first + block), slice(first + block, columns)
+        counts = _multiples(rest[:, here], scale)
+        multiples[:, first // block] = counts
+        if spread is None:
+            values[:, here] = _round(rest[:, here], counts * scale, _LIMIT)
+            continue
+        values[:, here], errors = _compensated(rest[:, here], counts * scale, spread[here, here])
+        rest[:, later] -= errors @ spread[here, later]
+    return BlockedMatrix(values, multiples, scale)
+
+
+def _multiples(cut: Float32[np.ndarray, "e k"], scale: Float32[np.ndarray, "e"]) -> Float32[np.ndarray, "e"]:
+    """The multiple of its output's scale, 1 to 15, with which each row of a block is rounded with the least squared error."""
+    wanted = np.abs(cut).max(1) / _LIMIT / scale
     least, multiples = np.full(len(cut), np.inf, np.float32), np.ones(len(cut), np.float32)
     for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7):
         candidate = np.clip(np.ceil(wanted * np.float32(share) - np.float32(1e-3)), 1, 15)
-        error = _error(cut, candidate * scale, limit)
+        error = _error(cut, candidate * scale, _LIMIT)
         least, multiples = np.minimum(least, error), np.where(error < least, candidate, multiples)
-    values = _round(cut, multiples * scale, limit).astype(np.int8).reshape(rows, columns)
-    counts = multiples.astype(np.uint8).reshape(rows, columns // block)
-    return BlockedMatrix(values, counts, (largest / limit / np.float32(15)).astype(np.float32))
+    return multiples
+
+
+def _spread(gram: Float32[np.ndarray, "c c"]) -> Float32[np.ndarray, "c c"]:
+    """U with UᵀU = (XᵀX + damping)⁻¹, upper triangular: row i says how later inputs make good an error of input i."""
+    wide = gram.astype(np.float64)
+    damping = _DAMPING * max(np.trace(wide) / len(wide), 1e-20)
+    inverse = np.linalg.inv(wide + damping * np.eye(len(wide)))
+    return np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+
+
+def _compensated(
+    cut: Float32[np.ndarray, "e k"], scale: Float32[np.ndarray, "e"], spread: Float32[np.ndarray, "k k"]
+) -> tuple[Float32[np.ndarray, "e k"], Float32[np.ndarray, "e k"]]:
+    """Rounds a block input by input; also what each left to be made good."""
+    rest, values, errors = cut.copy(), np.empty_like(cut), np.empty_like(cut)
+    for at in range(cut.shape[1]):
+        values[:, at] = np.clip(np.rint(rest[:, at] / scale), -_LIMIT, _LIMIT)
+        errors[:, at] = (rest[:, at] - values[:, at] * scale) / spread[at, at]
+        rest[:, at + 1 :] -= errors[:, at, None] * spread[at, at + 1 :]
+    return values, errors
 
 
 def _error(matrix: np.ndarray, scale: np.ndarray, limit: np.float32) -> Float32[np.ndarray, "e"]:

@@ -74,6 +74,7 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "demo": Size(captions=16_000, questions=8_000, text=2_000, heldout_captions=200, heldout_questions=300),
+    "scores": Size(captions=16_000, questions=8_000, text=2_000, heldout_captions=200, heldout_questions=600),
     "test": Size(captions=300, questions=200, text=50, heldout_captions=10, heldout_questions=20),
     "study": Size(16_000, 8_000, 2_000, heldout_captions=200, heldout_questions=400, pictures="study"),
     "study_test": Size(300, 200, 50, heldout_captions=10, heldout_questions=20, pictures="study"),

@@ -18,7 +18,7 @@ from tools.artifacts import ArtifactError
 from tools.edge_graphs import Graph
 from tools.edge_parity import snr
 from tools.golden import RUNTIME
-from tools.quantisation import PRECISIONS, quantise, quantise_blocks
+from tools.quantisation import PRECISIONS, BlockedMatrix, quantise, quantise_blocks
 
 onnx = pytest.importorskip("onnx", reason="the extra 'qnn' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'qnn' is not installed")
@@ -127,6 +127,24 @@ def test_whole_numbers_are_near_jax(wide: dict, tmp_path: Path, precision: str, 
     values = run(found, tmp_path / "whole.onnx", feeds[0])
     ratio = snr(graph(*feeds[0].values())["logits"], values["logits"])
     assert least < ratio < 70
+
+
+def test_rounding_makes_good_its_own_errors() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 16)) @ rng.normal(size=(16, 96)) + 0.1 * rng.normal(size=(400, 96))
+    matrix = rng.normal(size=(24, 96)).astype(np.float32)
+
+    def error(found: BlockedMatrix) -> float:
+        assert np.abs(found.values).max() <= 7
+        assert 1 <= found.multiples.min() <= found.multiples.max() <= 15
+        steps = np.repeat(found.multiples * found.scale[:, None], 32, axis=1)
+        return float(np.square(inputs @ (found.values * steps - matrix).T).mean())
+
+    plain = error(quantise_blocks(matrix, 32))
+    assert error(quantise_blocks(matrix, 32, (inputs.T @ inputs).astype(np.float32))) < plain / 4
+    # Of inputs that do not go together none can make good another's error.
+    alone = quantise_blocks(matrix, 32, np.eye(96, dtype=np.float32))
+    np.testing.assert_array_equal(alone.values, quantise_blocks(matrix, 32).values)
 
 
 def test_a_mask_takes_nothing_from_the_range_of_the_scores(params: dict) -> None:
