@@ -13,6 +13,9 @@ from hypervl_jax.architecture import ConfigError
 
 DIRECTORY = pathlib.Path(__file__).parent / "configs"
 
+ELSEWHERE = {"compressor": "the compressor (VRC) is trained from labels by `python -m tools.train_compressor`"}
+"""Names that somebody may look for here, and where they are."""
+
 
 def config_names() -> tuple[str, ...]:
     """Names of all configurations, in alphabetical order."""
@@ -31,6 +34,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     names = config_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        hint = ELSEWHERE.get(name, known)
         raise ConfigError(f"unknown configuration {name!r}; {hint}")
     return importlib.import_module(f"experiments.configs.{name}").get_config()

@@ -54,6 +54,7 @@ def test_help_tells_all_without_starting_jax():
     [
         ((), "--config"),
         (("--config", "tinny"), "unknown configuration 'tinny'; did you mean tiny?"),
+        (("--config", "compressor"), "trained from labels by `python -m tools.train_compressor`"),
         (("--config", "tiny", "--wrkdir", "x"), "unknown argument --wrkdir; did you mean --workdir?"),
         (("--config", "tiny", "--config.optimizer.lr"), "--config.optimizer.lr has no value"),
         (("--config", "tiny", "--config.optimizer.learnin_rate=1"), "did you mean config.optimizer.learning_rate?"),
