@@ -30,12 +30,12 @@ study-full: install
 
 # Everything that leaves the trained demo, with its parity tables; then all of it is checked again.
 EXPORTED := --checkpoint $(DEMO_DIR)/stage3 --compressor $(DEMO_DIR)/compressor --encoder both
-GRAPHS := $(EXPORTED) --data $(DEMO_DIR)/data --items 2 --prefill 64 --slots 192
+GRAPHS := $(EXPORTED) --data $(DEMO_DIR)/data --items 2 --prefill 64 --slots 256
 
 export: install
 	test ! -e $(EXPORT_DIR) || (echo "$(EXPORT_DIR) is there already; remove it or give EXPORT_DIR=DIR" && false)
 	$(RUN) -m tools.to_torch $(EXPORTED) --output $(EXPORT_DIR)/torch
-	$(RUN) -m tools.export_tflite $(GRAPHS) --precision float32,int8,int4,w8a16 --output $(EXPORT_DIR)/tflite
+	$(RUN) -m tools.export_tflite $(GRAPHS) --precision float32,int8,int4,w8a16 --bundle --output $(EXPORT_DIR)/tflite
 	$(RUN) -m tools.export_qnn $(GRAPHS) --precision float16,w8a16,w4a16 --soc sm8750 --output $(EXPORT_DIR)/qnn
 	for kind in torch tflite qnn; do $(RUN) -m tools.verify_artifact $(EXPORT_DIR)/$$kind || exit 1; done
 

@@ -46,7 +46,13 @@ INGEST = [
     "tensorflow-datasets>=4.9.9",
 ]
 # The converter is reached through an interface that is not a stable one; the quantizer and the runtime match it.
-EXPORT = ["litert-converter==0.5.*", "ai-edge-litert==2.3.*", "litert-quantizer==0.11.*"]
+EXPORT = [
+    "litert-converter==0.5.*",
+    "ai-edge-litert==2.3.*",
+    "litert-quantizer==0.11.*",
+    "litert-lm-builder==0.18.*",
+    "litert-lm==0.18.*",
+]
 # Qualcomm's runtime in onnxruntime-qnn may be used for development, not passed on. onnxruntime is the version that it was built for.
 QNN = ["onnx>=1.20,<2", "onnxruntime==1.32.*", "onnxruntime-qnn==2.7.*"]
 LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"

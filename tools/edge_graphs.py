@@ -192,16 +192,21 @@ def _without_normalisation(kernel: np.ndarray, bias: np.ndarray) -> dict[str, np
 def _encode(
     weights: Weights, tile: Float[Array, "1 s s 3"], *, vision: VisionConfig, shuffle: int, eps: float
 ) -> tuple[Float[Array, "1 v d"]]:
-    features = _tower(within(weights, "tower"), tile, vision)
-    projector = within(weights, "projector")
+    features = encode_patches(within(weights, "tower"), tile, vision)
+    return (project(within(weights, "projector"), features, shuffle, eps)[None],)
+
+
+def project(weights: Weights, features: Float[Array, "p d"], shuffle: int, eps: float) -> Float[Array, "v d"]:
+    """A projector: patches of a tile to its visual tokens."""
     x = merge_squares(features, shuffle)
-    if "norm/scale" in projector:
-        x = layer_norm(within(projector, "norm"), x, eps)
-    x = gelu(linear(within(projector, "first"), x), "none")
-    return (linear(within(projector, "second"), x)[None],)
+    if "norm/scale" in weights:
+        x = layer_norm(within(weights, "norm"), x, eps)
+    x = gelu(linear(within(weights, "first"), x), "none")
+    return linear(within(weights, "second"), x)
 
 
-def _tower(weights: Weights, tile: Float[Array, "1 s s 3"], vision: VisionConfig) -> Float[Array, "p d"]:
+def encode_patches(weights: Weights, tile: Float[Array, "1 s s 3"], vision: VisionConfig) -> Float[Array, "p d"]:
+    """A vision tower: one tile in [0, 1] to the features of its patches."""
     x = linear(within(weights, "patch_embedding"), merge_squares(tile.reshape(-1, 3), vision.patch_size))
     x = x + weights["position_embedding"]
     eps = vision.layer_norm_eps
