@@ -40,10 +40,10 @@ export: install
 	for kind in torch tflite qnn; do $(RUN) -m tools.verify_artifact $(EXPORT_DIR)/$$kind || exit 1; done
 
 test: install
-	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: install
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(RUN) -m ruff format --check .
