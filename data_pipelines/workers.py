@@ -8,8 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -22,6 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from data_pipelines.child_processes import end_with_parent
 from data_pipelines.lanes import LaneRows
 from hypervl_jax.training.batch import Batch, LoadedBatch
 from hypervl_jax.vision.decoding import keep_memory
@@ -136,15 +135,7 @@ def _initialise_worker(index: int, count: int) -> None:
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_memory()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A parent killed by SIGKILL cleans nothing up; a worker that waits for room in its queue would wait for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()  # a worker that waits for room in its queue would wait for ever
 
 
 @contextlib.contextmanager

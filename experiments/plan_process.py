@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from typing import ParamSpec, TypeVar
 import jax
 from jax.experimental import serialize_executable
 
+from data_pipelines.child_processes import end_with_parent
 from experiments import plan_report
 from experiments.config import ExperimentConfig
 from experiments.planning import Compiled, CompilerFailed, Plan, plan
@@ -86,14 +86,7 @@ def apart(function: Callable[Arguments, Result], *arguments: Arguments.args, **k
 def _begin(errors: pathlib.Path) -> None:
     """In the new process: sends standard error to a file by its descriptor (libtpu does not write through Python), and ends with the parent."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def last_words(said: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from hypervl_jax.architecture import HyperVLConfig, ProjectorConfig, VisionConfig, require
 from hypervl_jax.models.huggingface import decoder_identity, vision_identity
 from hypervl_jax.models.key_table import EAGLE, LFM2, Naming
-from hypervl_jax.text.conversation import ROLES
+from hypervl_jax.text.conversation import ROLES, THINK_BLOCK
 from hypervl_jax.text.tokenizer import (
     END_OF_TEXT,
     END_OF_TURN,
@@ -31,8 +31,6 @@ LAYER_NORM_EPS = 1e-5
 
 EAGLE_NAMES = {IMAGE: "<IMG_CONTEXT>", VISION_START: "<img>", VISION_END: "</img>"}
 """What vLLM and SGLang look for in the vocabulary of an Eagle 2.5; the ids are ours."""
-
-THINK_BLOCK = "<think>\n\n</think>\n\n"
 
 TEMPLATE = """\
 {%- set default_system = @SYSTEM@ -%}

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from hypervl_jax.architecture import DECODER, TilingConfig, require
+from hypervl_jax.text.conversation import THINK_BLOCK
 from hypervl_jax.text.tokenizer import (
     END_OF_TEXT,
     END_OF_TURN,
@@ -36,7 +37,6 @@ from tools.quantisation import Precision, quantise
 
 SUFFIX = ".litertlm"
 PACKAGES = ("litert-lm-builder", "litert-lm")
-THINK_BLOCK = "<think>\n\n</think>\n\n"
 ANSWER_TOKENS = 24
 """Of each prompt that a bundle is compared on."""
 

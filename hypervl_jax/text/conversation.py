@@ -28,6 +28,9 @@ IMAGE_SLOT = "<image>"
 """Marks in a user turn where an image goes."""
 
 ROLES = ("system", "user", "assistant")
+THINK_BLOCK = "<think>\n\n</think>\n\n"
+"""Qwen3's empty block before an answer: thinking off."""
+
 TEXT_POSITION = -1
 
 
@@ -179,7 +182,7 @@ def _render_assistant(turn: Turn, tokenizer: Tokenizer, think_block: bool) -> It
 
 
 def _assistant_opening(tokenizer: Tokenizer, think_block: bool) -> list[_Span]:
-    block = "<think>\n\n</think>\n\n" if think_block else ""
+    block = THINK_BLOCK if think_block else ""
     return [_Span([tokenizer.start_of_turn, *tokenizer.encode(f"assistant\n{block}")])]
 
 

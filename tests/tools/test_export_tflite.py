@@ -111,6 +111,17 @@ def test_wrong_inputs_are_one_sentence_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@NEEDS_CONVERTER
+def test_a_prompt_that_does_not_fit_the_cache_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--checkpoint", str(run), "--prefill", "16", "--slots", "64", "--output", str(output)]
+    assert export_tflite.main(arguments) == 1
+    assert "slots of the cache; give --slots" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_usage_and_a_missing_converter(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
