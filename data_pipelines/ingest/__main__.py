@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options, beam_flags = _parser().parse_known_args(arguments)
     try:
-        manifest = _run(options, beam_flags)
+        with _errors_only():
+            manifest = _run(options, beam_flags)
     except (IngestError, RecordError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -132,11 +133,21 @@ def _bytes(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Beam warns of parts that are not installed, and its workers tell when they start and stop: not here."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def _run(options: argparse.Namespace, beam_flags: Sequence[str]) -> Manifest:
     ingest_options = _options(options.option)
     config = load_config(options.config)
-    # Beam warns of parts that are not installed, and its workers tell when they start and stop.
-    logging.getLogger().setLevel(logging.ERROR)
     try:
         # Beam takes seconds to import; `--help` and wrong arguments should not.
         from data_pipelines.ingest import pipeline

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -61,7 +62,9 @@ def arguments(place: pathlib.Path, output: pathlib.Path, *more: str) -> list[str
 def ingest(command: Sequence[str]) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of the command, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        level = logging.getLogger().level
         status = main(command)
+        assert logging.getLogger().level == level
     return status, output.getvalue(), errors.getvalue()
 
 
