@@ -32,6 +32,7 @@ from hypervl_jax.partitioning import unbox
 from hypervl_jax.text.tokenizer import TokenizerError
 from hypervl_jax.training.checkpoint import load_params
 from hypervl_jax.training.state import abstract_parameters
+from hypervl_jax.vision.pixels import normalise_pixels
 from tools import edge_graphs, huggingface_files
 from tools.artifacts import ArtifactError
 from tools.edge_graphs import Graph, HostCache
@@ -154,7 +155,7 @@ class Bench:
 
         def reference() -> dict[str, np.ndarray]:
             if not expected:
-                feeds = {n: v.astype(np.float32) / 255 if n == "tile" else v for n, v in wanted.feeds.items()}
+                feeds = {n: normalise_pixels(v) if n == "tile" else v for n, v in wanted.feeds.items()}
                 with jax.default_matmul_precision("highest"):
                     expected.update(wanted.graph(*feeds.values()))
                 np.savez(self.home / "inputs.npz", **wanted.feeds)

@@ -34,21 +34,21 @@ def compare(
     Args:
         model: the artifact.
         cases: prompts.
-        references: what JAX makes of them, by branch and case.
+        references: what JAX makes of them, by branch and case; by `DECODER` and case for a decoder alone.
         vrc: the compressor that was exported.
 
     Returns:
         By part: "snr_db"; of the decoder "top1" too (the likeliest next token after JAX's own answer, at each of its positions);
         of "answer_BRANCH" how many tokens are those of JAX when the artifact goes on by itself from pixels.
     """
-    report = {f"encoder_{branch}": _encoder(model, branch, found) for branch, found in references.items()}
+    branches = {branch: found for branch, found in references.items() if branch in model.settings.branches}
+    report = {f"encoder_{branch}": _encoder(model, branch, found) for branch, found in branches.items()}
     if vrc is not None:
         report["compressor"] = _compressor(model, cases, vrc)
-    whole = {branch: found for branch, found in references.items() if "decode" in model.signatures}
-    if whole:
-        report["decoder"] = _decoder(model, cases, next(iter(whole.values())))
-    for branch, found in whole.items():
-        report[f"answer_{branch}"] = _answers(model, cases, found, branch)
+    if "decode" in model.signatures:
+        found = next(iter(references.values()))
+        report["decoder"] = _decoder(model, [case for case in cases if case.name in found], found)
+        report |= {f"answer_{branch}": _answers(model, cases, found, branch) for branch, found in branches.items()}
     return report
 
 

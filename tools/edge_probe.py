@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hypervl_jax.architecture import require
+from hypervl_jax.vision.pixels import normalise_pixels
 from tools.process_memory import status_bytes
 
 TFLITE, ONNX, TORCH, COMPILED = "tflite", "onnx", "torch", "torch.compile"
@@ -99,7 +100,7 @@ def _timed(run: Run, calls: int) -> float:
 
 def _scaled(arrays: Arrays) -> dict[str, np.ndarray]:
     """Tiles as graphs take them."""
-    return {name: value.astype(np.float32) / 255 if name == "tile" else value for name, value in arrays.items()}
+    return {name: normalise_pixels(value) if name == "tile" else value for name, value in arrays.items()}
 
 
 def open_tflite(case: Case) -> Callable[[Arrays], Run]:

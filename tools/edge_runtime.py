@@ -20,6 +20,7 @@ from hypervl_jax.architecture import CompressorConfig, HyperVLConfig, compressor
 from hypervl_jax.text.conversation import TEXT_POSITION, EncodedConversation, Turn, encode_prompt
 from hypervl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from hypervl_jax.vision.anyres import plan_image, tile_image
+from hypervl_jax.vision.pixels import normalise_pixels
 from hypervl_jax.vision.resolution import make_proxy
 from tools import artifacts
 from tools.artifacts import ArtifactError, Manifest
@@ -111,11 +112,11 @@ class EdgeModel:
 
     def encode(self, tiles: UInt8[np.ndarray, "t s s 3"], branch: str) -> Float32[np.ndarray, "v d"]:
         """Visual tokens of every tile, encoded one by one."""
-        config, encoder = self.settings.config, self.signatures[f"encoder_{branch}"]
+        config = self.settings.config
         each = config.tiling.tokens_per_tile
         visual = np.empty((len(tiles) * each, config.decoder.hidden_size), np.float32)
         for number, tile in enumerate(tiles):
-            features = encoder(tile=tile[None].astype(np.float32) / 255)["features"]
+            features = self.signatures[f"encoder_{branch}"](tile=normalise_pixels(tile[None]))["features"]
             visual[number * each : (number + 1) * each] = features[0]
         return visual
 

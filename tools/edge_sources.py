@@ -94,17 +94,33 @@ def read(request: Request) -> Exported:
     lengths = tuple(sorted(set(prefill))) if DECODER in request.parts else ()
     settings = EdgeSettings(source.config, request.vrc.config if request.vrc else None, branches, lengths, slots)
     require(not names or request.data is not None, f"{' and '.join(names)} take ranges from real records: give --data")
+    require(
+        not names or branches, f"{' and '.join(names)} take ranges from prompts with pictures: export the encoder too"
+    )
     calibration = records(source, request.data, TRAIN, request.calibration_items) if names else ()
     held_out = () if request.data is None else records(source, request.data, HELDOUT, request.items)
     cases = (*golden.cases(source.config.tiling), *held_out)
     check_slots(cases, EdgeModel(settings, source.tokenizer, {}))
     params = _parameters(source, settings)
-    compute = golden.compute if settings.prefill and settings.branches else _encode_only
-    references = {
+    return Exported(
+        source, settings, params, request.vrc, cases, _references(source, settings, params, cases), calibration
+    )
+
+
+def _references(
+    source: Source, settings: EdgeSettings, params: Mapping[str, Any], cases: Sequence[Case]
+) -> dict[str, dict[str, Golden]]:
+    """What JAX makes of the prompts through each branch; through a decoder alone, of the prompts without pictures."""
+    if not settings.branches:
+        text = [case for case in cases if not case.images]
+        # Without pictures nothing is read of a branch.
+        found = {case.name: golden.compute(case, source.config, params, source.tokenizer, BRANCHES[0]) for case in text}
+        return {DECODER: found}
+    compute = golden.compute if settings.prefill else _encode_only
+    return {
         branch: {case.name: compute(case, source.config, params, source.tokenizer, branch) for case in cases}
         for branch in settings.branches
     }
-    return Exported(source, settings, params, request.vrc, cases, references, calibration)
 
 
 def check_slots(cases: Sequence[Case], model: EdgeModel) -> None:
@@ -204,7 +220,7 @@ def finish(
 ) -> None:
     """Golden arrays, report and manifest; `target` is what stands in the shapes besides the settings."""
     source, tiling = made.source, made.settings.config.tiling
-    shown = golden.cases(tiling)
+    shown = [case for case in golden.cases(tiling) if case.name in next(iter(made.references.values()))]
     arrays = {
         f"{branch}/{key}": value
         for branch, found in made.references.items()
@@ -214,7 +230,7 @@ def finish(
     artifacts.write_json(home / artifacts.REPORT, report)
     preprocessing = {
         "tiling": dataclasses.asdict(tiling),
-        "pixels": "byte / 255, row, column, channel; the encoder and the compressor normalise inside",
+        "pixels": "row, column, channel; byte / 127.5 - 1 for the encoder, byte / 255 for the compressor",
         "padding": "byte 128 in tiles, 0 in proxies; visual tokens wholly in padding are not in the prompt",
         "mask": f"0 where a position is seen, {edge_graphs.MASKED_SCORE} where not; cached slots first, then the new positions",
         "rotary": "cosine and sine of position · theta^(-2i/k), the half-width table written twice",

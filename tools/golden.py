@@ -7,7 +7,7 @@ padding, so that the visual tokens left out are part of what is compared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -147,7 +147,7 @@ def prompt_logits(
     return logits(hidden[0, last], head_weights(params))
 
 
-def arrays(golden: Mapping[str, Golden], made: tuple[Case, ...]) -> dict[str, np.ndarray]:
+def arrays(golden: Mapping[str, Golden], made: Sequence[Case]) -> dict[str, np.ndarray]:
     """All of it by name, for `artifacts.write_golden`; the visual tokens are left out, being as large as the model's inputs."""
     named = {}
     for case in made:

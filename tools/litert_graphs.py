@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from hypervl_jax.architecture import DecoderConfig, HyperVLConfig
 from hypervl_jax.models.qwen3 import rotary_angles
+from hypervl_jax.vision.pixels import PIXEL_MEAN, PIXEL_STD
 from tools import edge_graphs
 from tools.edge_graphs import MASKED_SCORE, Graph, Weights, within
 from tools.quantisation import QuantisedMatrix
@@ -37,7 +38,8 @@ def vision_graphs(config: HyperVLConfig, branch: str, params: Mapping[str, Any])
     whole, vision = edge_graphs.encoder_graph(config, branch, params), config.vision(branch)
     patches = (config.tiling.tile_size // vision.patch_size) ** 2
     soft = {"soft_tokens": jax.ShapeDtypeStruct((1, patches, vision.hidden_size), jnp.float32)}
-    tower = lambda weights, tile: (edge_graphs.encode_patches(weights, tile, vision)[None],)
+    # The engine gives pixels in [0, 1].
+    tower = lambda weights, tile: (edge_graphs.encode_patches(weights, (tile - PIXEL_MEAN) / PIXEL_STD, vision)[None],)
     shuffle, eps = config.tiling.shuffle, config.projector.layer_norm_eps
     project = lambda weights, features: (edge_graphs.project(weights, features[0], shuffle, eps)[None],)
     first, second = within(whole.weights, "tower"), within(whole.weights, "projector")

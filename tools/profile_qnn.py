@@ -114,11 +114,11 @@ def decoder_job(layers: int | None, length: int, slots: int) -> Job:
 
 
 def random_feed(graph: Graph, seed: int = 1) -> dict[str, np.ndarray]:
-    """Inputs of a graph: pixels in [0, 1], embeddings and caches of unit size, rotary tables on the circle, the causal mask."""
+    """Inputs of a graph: pixels in [-1, 1], embeddings and caches of unit size, rotary tables on the circle, the causal mask."""
     rng = np.random.default_rng(seed)
     feed = {name: rng.standard_normal(kind.shape, np.float32) for name, kind in graph.inputs.items()}
     if "tile" in feed:
-        feed["tile"] = rng.random(feed["tile"].shape, np.float32)
+        feed["tile"] = 2 * rng.random(feed["tile"].shape, np.float32) - 1
     if "mask" in feed:
         *_, length, seen = feed["mask"].shape
         slots = seen - length

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hypervl_jax.architecture import DECODER
 from hypervl_jax.inference.assistant import ask
 from tools import artifacts, edge_runtime, to_torch
 from tools.artifacts import MANIFEST, ArtifactError, Manifest
@@ -68,25 +69,37 @@ def run_edge(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarr
     """How often an artifact's likeliest next token is JAX's, along JAX's own answers to the golden prompts, from pixels on.
 
     Returns:
-        For each branch "top1", "of" and "passed": no share below what the manifest says of free answers, less `TOKEN_SLACK`.
+        For each branch, or for a decoder alone, "top1", "of" and "passed": no share below what the manifest says, less `TOKEN_SLACK`.
     """
-    if not model.settings.prefill or not model.settings.branches:
-        return {manifest.kind: "not run: golden answers take an encoder and a decoder"}
-    return {f"answer_{branch}": _answers(model, manifest, golden, branch) for branch in model.settings.branches}
+    settings = model.settings
+    if not settings.prefill:
+        return {manifest.kind: "not run: golden answers take a decoder"}
+    if not settings.branches:
+        return {DECODER: _along(model, manifest, golden, DECODER, _share(manifest, DECODER, "top1"))}
+    return {
+        name: _along(model, manifest, golden, branch, _share(manifest, name, "tokens_equal"))
+        for branch, name in ((branch, f"answer_{branch}") for branch in settings.branches)
+    }
 
 
-def _answers(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray], branch: str) -> dict[str, Any]:
+def _share(manifest: Manifest, part: str, figure: str) -> float:
+    return manifest.parity[part][figure] / manifest.parity[part]["of"]
+
+
+def _along(
+    model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray], name: str, said: float
+) -> dict[str, Any]:
+    """Along the answers that stand under a name in the golden arrays; `said` is the manifest's share of equal tokens."""
     equal, compared = 0, 0
     for prompt in manifest.preprocessing["prompts"]:
-        start = f"{branch}/{prompt['name']}"
+        start = f"{name}/{prompt['name']}"
         images = [golden[f"{start}/image_{number}"] for number in range(prompt["images"])]
         encoded, tiles = model.prompt(ask(prompt["question"], *images).turns, images, [1.0] * len(images))
-        cache, scores = model.start(model.embed(encoded, model.encode(tiles, branch)))
+        cache, scores = model.start(model.embed(encoded, model.encode(tiles, name)))
         for token in golden[f"{start}/generated"]:
             equal, compared = equal + int(scores.argmax() == token), compared + 1
             scores = model.step(cache, int(token))
-    parity = manifest.parity[f"answer_{branch}"]
-    passed = equal / compared >= parity["tokens_equal"] / parity["of"] - TOKEN_SLACK
+    passed = equal / compared >= said - TOKEN_SLACK
     return {"top1": equal, "of": compared, "passed": passed}
 
 

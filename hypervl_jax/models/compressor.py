@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from hypervl_jax.architecture import CompressorConfig, require
 from hypervl_jax.models.layers import Linear, scale_and_bias
-from hypervl_jax.models.siglip2 import normalise_pixels
+from hypervl_jax.vision.pixels import normalise_pixels
 
 SQUEEZE_RATIO = 4
 WIDTH_MULTIPLE = 8

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
@@ -17,19 +16,12 @@ from hypervl_jax.models.attention import attention
 from hypervl_jax.models.layers import LayerNorm, Linear, scan_layers
 from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.partitioning import constrain
-
-PIXEL_MEAN = 0.5
-PIXEL_STD = 0.5
+from hypervl_jax.vision.pixels import normalise_pixels
 
 
 def xavier_uniform(in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...]) -> nn.initializers.Initializer:
     """Glorot's uniform initialisation for a kernel whose inputs or outputs span several axes, as SigLIP uses it."""
     return nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis, out_axis)
-
-
-def normalise_pixels(tiles: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """Bytes 0…255 to float32 in [-1, 1]."""
-    return (tiles.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
 def patchify(tiles: Float[Array, "n s s 3"], patch_size: int) -> Float[Array, "n p c"]:

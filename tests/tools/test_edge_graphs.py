@@ -13,6 +13,7 @@ from hypervl_jax.models.compressor_io import abstract_compressor
 from hypervl_jax.models.hypervl import HyperVL
 from hypervl_jax.models.qwen3 import Decoder, head_weights, logits
 from hypervl_jax.training.state import abstract_parameters
+from hypervl_jax.vision.pixels import normalise_pixels
 from hypervl_jax.vision.resolution import alpha_from_prediction
 from tests.small import small_architecture
 from tests.tools.runs import random_like
@@ -60,7 +61,7 @@ def test_the_encoder_is_the_tower_and_the_projector(branch: str, layer_norm: boo
     side = config.tiling.tile_size
     tile = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
     expected = HyperVL(config, RUNTIME).apply({"params": params}, tile[None], branch, method="encode_chunk")
-    found = graph(tile.astype(np.float32) / 255)["features"]
+    found = graph(normalise_pixels(tile))["features"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
@@ -70,7 +71,7 @@ def test_heads_that_do_not_fill_the_last_group_attend_too() -> None:
     params = parameters(config)
     tile = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     expected = HyperVL(config, RUNTIME).apply({"params": params}, tile[None], "base", method="encode_chunk")
-    found = edge_graphs.encoder_graph(config, "base", params)(tile.astype(np.float32) / 255)["features"]
+    found = edge_graphs.encoder_graph(config, "base", params)(normalise_pixels(tile))["features"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 

@@ -10,9 +10,13 @@ import pytest
 from PIL import Image
 
 from hypervl_jax.inference.assistant import Options, ask, load_assistant
+from hypervl_jax.vision.pixels import normalise_pixels
 from tests.tools.runs import CONFIG, write_run
-from tools import artifacts, export_tflite, run_tflite
+from tools import artifacts, export_tflite, run_tflite, verify_artifact
+from tools.edge_calibration import MOST_FEEDS, Recorder
 from tools.edge_parity import snr
+from tools.edge_runtime import open_signatures
+from tools.edge_sources import Request, part_graphs, read
 from tools.golden import picture
 from tools.quantisation import PRECISIONS, quantise
 
@@ -120,6 +124,38 @@ def test_a_prompt_that_does_not_fit_the_cache_is_named(
     assert export_tflite.main(arguments) == 1
     assert "slots of the cache; give --slots" in capsys.readouterr().err
     assert not output.exists()
+
+
+@NEEDS_CONVERTER
+def test_a_decoder_alone_is_compared_on_text_and_checked_again(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    sizes = {"prefill": (16,), "slots": 128}
+    report = export_tflite.export(str(run), str(output), parts=("decoder",), **sizes)["float32"]
+    assert set(report["parts"]) == {"decoder"}
+    assert report["parts"]["decoder"]["top1"] == report["parts"]["decoder"]["of"] == 64
+    assert verify_artifact.verify(output)["ran"]["decoder"] == {"top1": 64, "of": 64, "passed": True}
+
+
+def test_ranges_come_from_all_calls_alike() -> None:
+    recorder = Recorder({"decode": lambda **inputs: inputs})
+    for number in range(1000):
+        recorder.signatures["decode"](position=np.array(number))
+    kept = sorted(int(feed["position"]) for feed in recorder.feeds["decode"])
+    assert len(set(kept)) == MOST_FEEDS
+    assert all(any(start <= number < start + 250 for number in kept) for start in range(0, 1000, 250))
+
+
+@NEEDS_CONVERTER
+def test_an_encoder_keeps_its_precision_where_a_tile_is_padding(run: Path) -> None:
+    """Gray is almost 0 after normalisation; a patch embedding with the normalisation folded in subtracts two large numbers there."""
+    made = read(Request(str(run), None, ("encoder",), "base", None, (16,), 256, None, 0, 0, ()))
+    graph = part_graphs(made, PRECISIONS["int8"])["encoder_base"]()[0]
+    path = run / "padding.tflite"
+    export_tflite.converter().convert([graph], path, PRECISIONS["int8"].bits)
+    side = made.source.config.tiling.tile_size
+    tile = normalise_pixels(np.full((1, side, side, 3), 128, np.uint8))
+    found = open_signatures(run)["encoder_base"](tile=tile)["features"]
+    assert snr(graph(tile)["features"], found) > 29
 
 
 def test_usage_and_a_missing_converter(
