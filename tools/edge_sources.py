@@ -69,15 +69,31 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """Everything that is the same for all precisions."""
+    """Everything that is the same for all precisions.
+
+    The model's parameters are not among it: they are read for each file that is made of them. Two billion of them in float32 beside
+    such a file, or beside a runtime that has it open, would not fit into 12 GiB.
+    """
 
     source: Source
     settings: EdgeSettings
-    params: Mapping[str, Any]
     vrc: SavedCompressor | None
     cases: tuple[Case, ...]
     references: Mapping[str, Mapping[str, Golden]]
     calibration: tuple[Case, ...]
+
+    def parameters(self) -> int:
+        """How many parameters the artifact holds, the compressor's aside."""
+        counts = self.source.config.parameter_counts()
+        return sum(counts[part] for part in _parts(self.settings))
+
+    def read_decoder(self) -> Mapping[str, Any]:
+        """The decoder's parameters, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
+        return load(self.source, (DECODER,))
+
+    def read_encoder(self, branch: str) -> Mapping[str, Any]:
+        """Tower and projector of a branch, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
+        return load(self.source, (vision_part(branch), projector_part(branch)))
 
 
 def read(request: Request) -> Exported:
@@ -101,16 +117,12 @@ def read(request: Request) -> Exported:
     held_out = () if request.data is None else records(source, request.data, HELDOUT, request.items)
     cases = (*golden.cases(source.config.tiling), *held_out)
     check_slots(cases, EdgeModel(settings, source.tokenizer, {}))
-    params = _parameters(source, settings)
-    return Exported(
-        source, settings, params, request.vrc, cases, _references(source, settings, params, cases), calibration
-    )
+    return Exported(source, settings, request.vrc, cases, _references(source, settings, cases), calibration)
 
 
-def _references(
-    source: Source, settings: EdgeSettings, params: Mapping[str, Any], cases: Sequence[Case]
-) -> dict[str, dict[str, Golden]]:
+def _references(source: Source, settings: EdgeSettings, cases: Sequence[Case]) -> dict[str, dict[str, Golden]]:
     """What JAX makes of the prompts through each branch; through a decoder alone, of the prompts without pictures."""
+    params = load(source, _parts(settings))
     if not settings.branches:
         text = [case for case in cases if not case.images]
         # Without pictures nothing is read of a branch.
@@ -135,9 +147,14 @@ def check_slots(cases: Sequence[Case], model: EdgeModel) -> None:
         )
 
 
-def _parameters(source: Source, settings: EdgeSettings) -> Mapping[str, Any]:
-    parts = {part(branch) for branch in settings.branches for part in (vision_part, projector_part)}
-    parts |= {DECODER} if settings.prefill else set()
+def _parts(settings: EdgeSettings) -> tuple[str, ...]:
+    """Parts of the model that an artifact is made of."""
+    parts = [part(branch) for branch in settings.branches for part in (vision_part, projector_part)]
+    return (*parts, DECODER) if settings.prefill else tuple(parts)
+
+
+def load(source: Source, parts: Sequence[str]) -> Mapping[str, Any]:
+    """Some parts of a checkpoint as float32 arrays on one device. Raises `CheckpointError` when they cannot be read."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract, _ = abstract_parameters(source.config, RUNTIME)
     targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
@@ -180,17 +197,19 @@ def records(source: Source, data: str, split: str, items: int) -> tuple[Case, ..
 
 def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], list[Graph]]]:
     """The graphs of each part, made when they are called for."""
-    settings, params, config = made.settings, made.params, made.settings.config
+    settings, config = made.settings, made.settings.config
     files: dict[str, Callable[[], list[Graph]]] = {
-        f"encoder_{branch}": lambda branch=branch: [edge_graphs.encoder_graph(config, branch, params)]
+        f"encoder_{branch}": lambda branch=branch: [
+            edge_graphs.encoder_graph(config, branch, made.read_encoder(branch))
+        ]
         for branch in settings.branches
     }
     if made.vrc is not None:
         vrc = made.vrc
         files["compressor"] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
     if settings.prefill:
-        files["embedder"] = lambda: _embedders(params, settings, precision)
-        files["decoder"] = lambda: _decoders(params, settings)
+        files["embedder"] = lambda: _embedders(made.read_decoder(), settings, precision)
+        files["decoder"] = lambda: _decoders(made.read_decoder(), settings)
     return files
 
 

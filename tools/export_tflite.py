@@ -155,8 +155,7 @@ def converter() -> ModuleType:
 
 def _bytes(made: Exported, precisions: Sequence[str]) -> int:
     """A lower bound of what will be written."""
-    counts = made.source.config.parameter_counts()
-    parameters = sum(counts[part] for part in made.params)
+    parameters = made.parameters()
     return sum(parameters * (PRECISIONS[name].layers or 32) // 8 for name in precisions)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +31,7 @@ from hypervl_jax.text.tokenizer import (
 from hypervl_jax.text.tokenizer_json import write_tokenizer_json
 from tools import golden, litert_graphs
 from tools.artifacts import ArtifactError
+from tools.edge_graphs import Graph
 from tools.edge_sources import Exported
 from tools.golden import Case
 from tools.quantisation import Precision, quantise
@@ -101,34 +102,34 @@ def write(made: Exported, branch: str, precision: Precision, path: pathlib.Path)
         bundle.add_system_metadata(module.Metadata(key="Authors", value="hypervl-jax", dtype=module.DType.STRING))
         bundle.add_llm_metadata(str(home / "metadata.pb"))
         bundle.add_hf_tokenizer(str(write_tokenizer_json(made.source.tokenizer, home)))
-        tower, adapter = litert_graphs.vision_graphs(settings.config, branch, made.params)
-        graphs = {
-            kinds.PREFILL_DECODE: _decoders(made),
-            kinds.EMBEDDER: [_embedder(made, precision)],
-            kinds.VISION_ENCODER: [tower],
-            kinds.VISION_ADAPTER: [adapter],
+        tower, adapter = litert_graphs.vision_graphs(settings.config, branch, made.read_encoder(branch))
+        graphs: dict[Any, Callable[[], Sequence[Graph]]] = {
+            kinds.PREFILL_DECODE: lambda: _decoders(made),
+            kinds.EMBEDDER: lambda: [_embedder(made, precision)],
+            kinds.VISION_ENCODER: lambda: [tower],
+            kinds.VISION_ADAPTER: lambda: [adapter],
         }
         for kind, signatures in graphs.items():
             file = home / f"{kind.name.lower()}.tflite"
-            convert(signatures, file, precision.bits)
+            convert(signatures(), file, precision.bits)
             bundle.add_tflite_model(str(file), kind)
         with path.open("wb") as stream:
             bundle.build(stream)
 
 
-def _decoders(made: Exported) -> list[litert_graphs.Graph]:
-    settings = made.settings
+def _decoders(made: Exported) -> list[Graph]:
+    settings, params = made.settings, made.read_decoder()
     config, most = settings.config.decoder, settings.prefill[-1]
     # A prefill writes all of its positions, padding too; behind the last slot there must be room for it.
     slots = settings.slots + most
-    prefill = [litert_graphs.decoder_graph(config, made.params, n, slots, head=False) for n in settings.prefill]
-    return [*prefill, litert_graphs.decoder_graph(config, made.params, 1, slots, head=True)]
+    prefill = [litert_graphs.decoder_graph(config, params, n, slots, head=False) for n in settings.prefill]
+    return [*prefill, litert_graphs.decoder_graph(config, params, 1, slots, head=True)]
 
 
-def _embedder(made: Exported, precision: Precision) -> litert_graphs.Graph:
-    bits = precision.others
-    table = None if bits is None else quantise(np.asarray(made.params[DECODER]["embedding"]), bits)
-    return litert_graphs.embedder_graph(made.params, table)
+def _embedder(made: Exported, precision: Precision) -> Graph:
+    bits, params = precision.others, made.read_decoder()
+    table = None if bits is None else quantise(np.asarray(params[DECODER]["embedding"]), bits)
+    return litert_graphs.embedder_graph(params, table)
 
 
 def _metadata(made: Exported) -> bytes:
@@ -167,9 +168,9 @@ def compare(made: Exported, branch: str, path: pathlib.Path) -> dict[str, Any]:
     """
     (_, engine), tokenizer, equal, tokens = packages(), made.source.tokenizer, 0, 0
     engine.set_min_log_severity(engine.LogSeverity.ERROR)
-    prompts = cases(made.settings.config.tiling)
+    prompts, params = cases(made.settings.config.tiling), {**made.read_encoder(branch), **made.read_decoder()}
     for case in prompts:
-        found = golden.compute(case, made.settings.config, made.params, tokenizer, branch, ANSWER_TOKENS)
+        found = golden.compute(case, made.settings.config, params, tokenizer, branch, ANSWER_TOKENS)
         ids = _until_stop(found.generated.tolist(), (tokenizer.end_of_turn, tokenizer.end_of_text))
         same = _ask(engine, path, case.question, found.tiles) == tokenizer.decode(ids)
         equal, tokens = equal + int(same), tokens + len(ids) * int(same)

@@ -99,8 +99,7 @@ def export(
 
 def _bytes(made: Exported, precisions: Sequence[str]) -> int:
     """A lower bound of what will be written, the files in float32 that the compiler reads among it."""
-    counts = made.source.config.parameter_counts()
-    parameters = sum(counts[part] for part in made.params)
+    parameters = made.parameters()
     return 4 * parameters + sum(parameters * (QNN_PRECISIONS[name].layers or 16) // 8 for name in precisions)
 
 

@@ -40,25 +40,29 @@ def convert(graphs: Sequence[Graph], path: pathlib.Path, bits: Bits = lambda nam
     Raises:
         ArtifactError: litert-converter cannot convert an operation.
     """
-    context = ir.Context()
-    api.prepare_mlir_context(context)
-    bound: dict[str, Any] = {}
     try:
-        modules = [_module(context, graph, bits, bound) for graph in graphs]
-        module = api.merge_modules(modules) if len(modules) > 1 else modules[0]
-        settings = api.ConvertToTFLConfig()
-        settings.unsafe_fuse_dynamic_shaped_broadcast = True
-        settings.qdq_conversion_mode = "NONE"
-        settings.strict_qdq_mode = any(isinstance(value, _Integers) for value in bound.values())
-        with context:
-            api.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
-            api.export_flatbuffer_to_file(module.operation, str(path))
-        if settings.strict_qdq_mode:
+        if _write(graphs, path, bits):
             _fuse(path)
     except (ir.MLIRError, RuntimeError, ValueError) as error:
         names = ", ".join(graph.name for graph in graphs)
         reason = str(error).strip().splitlines()[0][:200]
         raise ArtifactError(f"litert-converter cannot convert {names}: {reason}") from error
+
+
+def _write(graphs: Sequence[Graph], path: pathlib.Path, bits: Bits) -> bool:
+    """Writes the file as the converter makes it; whether it holds whole numbers. The converter's own memory is free afterwards."""
+    context, bound = ir.Context(), dict[str, Any]()
+    api.prepare_mlir_context(context)
+    modules = [_module(context, graph, bits, bound) for graph in graphs]
+    module = api.merge_modules(modules) if len(modules) > 1 else modules[0]
+    settings = api.ConvertToTFLConfig()
+    settings.unsafe_fuse_dynamic_shaped_broadcast = True
+    settings.qdq_conversion_mode = "NONE"
+    settings.strict_qdq_mode = any(isinstance(value, _Integers) for value in bound.values())
+    with context:
+        api.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
+        api.export_flatbuffer_to_file(module.operation, str(path))
+    return settings.strict_qdq_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +150,8 @@ def _fuse(path: pathlib.Path) -> None:
     The converter leaves a dequantisation before each product, which would hold all weights in float32 as it runs. Without it the
     runtime rounds the activations of each row to 8 bits and multiplies whole numbers ("dynamic" quantisation).
     """
-    model = schema.ModelT.InitFromPackedBuf(bytearray(path.read_bytes()), 0)
+    # Mapped (copy on write), the weights are read as they are packed again.
+    model = schema.ModelT.InitFromPackedBuf(np.memmap(path, np.uint8, "c"), 0)
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
     kinds = schema.BuiltinOperator
     for graph in model.subgraphs:
@@ -158,4 +163,7 @@ def _fuse(path: pathlib.Path) -> None:
         graph.operators = [op for op in graph.operators if op.outputs[0] in read or op.outputs[0] not in stored]
     builder = flatbuffers.Builder(path.stat().st_size + (1 << 20))
     builder.Finish(model.Pack(builder), b"TFL3")
-    path.write_bytes(builder.Output())
+    fused = path.with_suffix(".fused")
+    with fused.open("wb") as stream:
+        stream.write(memoryview(builder.Bytes)[builder.Head() :])
+    fused.replace(path)
