@@ -30,8 +30,6 @@ from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.safetensors_files import CheckpointError, write_directory
 from hypervl_jax.partitioning import unbox
 from hypervl_jax.text.tokenizer import TokenizerError
-from hypervl_jax.training.checkpoint import load_params
-from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.vision.pixels import normalise_pixels
 from tools import edge_graphs, huggingface_files
 from tools.artifacts import ArtifactError
@@ -39,10 +37,10 @@ from tools.edge_graphs import Graph, HostCache
 from tools.edge_parity import snr
 from tools.edge_probe import COMPILED, COMPRESSOR, DECODE, ENCODER, ONNX, PREFILL, TFLITE, TORCH, Case, Probe
 from tools.export_tflite import converter
-from tools.golden import RUNTIME, picture
+from tools.golden import picture
 from tools.label_resolutions import ReportProgress, progress_line
 from tools.quantisation import PRECISIONS
-from tools.to_torch import Source, open_source
+from tools.to_torch import Source, load_parts, open_source
 
 FAILURE, SUCCESS = 1, 0
 PARTS = (COMPRESSOR, ENCODER, PREFILL, DECODE)
@@ -182,7 +180,7 @@ class Bench:
             path.unlink()
         if runtime == TFLITE:
             path = self.home / "graph.tflite"
-            converter().convert([graph], path, PRECISIONS[precision].bits)
+            converter().convert(lambda: [graph], path, PRECISIONS[precision].bits)
             return path
         if runtime == ONNX:
             return write_onnx(graph, self.home, precision)
@@ -360,15 +358,15 @@ def _sides(text: str) -> tuple[int, ...]:
 def open_bench(options: argparse.Namespace, home: pathlib.Path) -> Bench:
     """Reads the parameters of one branch and the decoder, or of the branch alone."""
     source = open_source(options.checkpoint, options.step)
-    config, side = source.config, source.config.tiling.tile_size
+    side = source.config.tiling.tile_size
     for image in options.images:
         require(image % side == 0, f"--images {image} is not a whole number of tiles of {side} pixels")
     require(min(options.repeats, options.threads) >= 1, "--repeats and --threads must be at least 1")
     require(options.slots > options.prefill > 1, f"--prefill {options.prefill} must be 2 or more, and below --slots")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract, _ = abstract_parameters(config, RUNTIME)
-    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    params = load_params(source.home, targets, source.step, branch_parts(options.encoder))
+    parts = branch_parts(options.encoder)
+    if set(options.parts) <= {COMPRESSOR, ENCODER} and set(options.runtimes) <= set(FILES):
+        parts = parts[:2]  # tower and projector; PyTorch's directory holds the decoder too
+    params = load_parts(source, parts)
     sizes = (options.slots, options.prefill, options.repeats, options.threads)
     return Bench(source, params, options.encoder, *sizes, home)
 

@@ -19,16 +19,14 @@ from data_pipelines.errors import RecordError
 from hypervl_jax.architecture import BRANCHES, DECODER, HyperVLConfig, projector_part, require, vision_part
 from hypervl_jax.models.compressor_io import SavedCompressor
 from hypervl_jax.text.tokenizer import Tokenizer
-from hypervl_jax.training.checkpoint import load_params
-from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.vision.decoding import decode_image
 from tools import artifacts, edge_graphs, evaluate, golden
 from tools.artifacts import Manifest
 from tools.edge_graphs import Graph
 from tools.edge_runtime import EdgeModel, EdgeSettings
-from tools.golden import RUNTIME, Case, Golden
+from tools.golden import Case, Golden
 from tools.quantisation import Precision, quantise
-from tools.to_torch import BOTH, Source, open_source
+from tools.to_torch import BOTH, Source, load_parts, open_source
 
 HELDOUT, TRAIN = "heldout", "train"
 ENCODER = "encoder"
@@ -89,11 +87,11 @@ class Exported:
 
     def read_decoder(self) -> Mapping[str, Any]:
         """The decoder's parameters, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
-        return load(self.source, (DECODER,))
+        return load_parts(self.source, (DECODER,))
 
     def read_encoder(self, branch: str) -> Mapping[str, Any]:
         """Tower and projector of a branch, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
-        return load(self.source, (vision_part(branch), projector_part(branch)))
+        return load_parts(self.source, (vision_part(branch), projector_part(branch)))
 
 
 def read(request: Request) -> Exported:
@@ -122,7 +120,7 @@ def read(request: Request) -> Exported:
 
 def _references(source: Source, settings: EdgeSettings, cases: Sequence[Case]) -> dict[str, dict[str, Golden]]:
     """What JAX makes of the prompts through each branch; through a decoder alone, of the prompts without pictures."""
-    params = load(source, _parts(settings))
+    params = load_parts(source, _parts(settings))
     if not settings.branches:
         text = [case for case in cases if not case.images]
         # Without pictures nothing is read of a branch.
@@ -151,14 +149,6 @@ def _parts(settings: EdgeSettings) -> tuple[str, ...]:
     """Parts of the model that an artifact is made of."""
     parts = [part(branch) for branch in settings.branches for part in (vision_part, projector_part)]
     return (*parts, DECODER) if settings.prefill else tuple(parts)
-
-
-def load(source: Source, parts: Sequence[str]) -> Mapping[str, Any]:
-    """Some parts of a checkpoint as float32 arrays on one device. Raises `CheckpointError` when they cannot be read."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract, _ = abstract_parameters(source.config, RUNTIME)
-    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    return load_params(source.home, targets, source.step, sorted(parts))
 
 
 def _encode_only(

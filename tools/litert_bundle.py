@@ -111,7 +111,7 @@ def write(made: Exported, branch: str, precision: Precision, path: pathlib.Path)
         }
         for kind, signatures in graphs.items():
             file = home / f"{kind.name.lower()}.tflite"
-            convert(signatures(), file, precision.bits)
+            convert(signatures, file, precision.bits)
             bundle.add_tflite_model(str(file), kind)
         with path.open("wb") as stream:
             bundle.build(stream)

@@ -34,8 +34,13 @@ Bits = Callable[[str], int | None]
 """How many bits the weight of this name is stored with; None as it is."""
 
 
-def convert(graphs: Sequence[Graph], path: pathlib.Path, bits: Bits = lambda name: None) -> None:
+def convert(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path, bits: Bits = lambda name: None) -> None:
     """Writes graphs as the signatures of one file; weights of the same name must be the same arrays and are stored once.
+
+    Args:
+        graphs: makes them; nobody else should hold them, since their weights are let go when the converter has its own copy.
+        path: the file to write.
+        bits: how many bits each weight is stored with.
 
     Raises:
         ArtifactError: litert-converter cannot convert an operation.
@@ -44,16 +49,15 @@ def convert(graphs: Sequence[Graph], path: pathlib.Path, bits: Bits = lambda nam
         if _write(graphs, path, bits):
             _fuse(path)
     except (ir.MLIRError, RuntimeError, ValueError) as error:
-        names = ", ".join(graph.name for graph in graphs)
         reason = str(error).strip().splitlines()[0][:200]
-        raise ArtifactError(f"litert-converter cannot convert {names}: {reason}") from error
+        raise ArtifactError(f"litert-converter cannot convert {path.stem}: {reason}") from error
 
 
-def _write(graphs: Sequence[Graph], path: pathlib.Path, bits: Bits) -> bool:
+def _write(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path, bits: Bits) -> bool:
     """Writes the file as the converter makes it; whether it holds whole numbers. The converter's own memory is free afterwards."""
     context, bound = ir.Context(), dict[str, Any]()
     api.prepare_mlir_context(context)
-    modules = [_module(context, graph, bits, bound) for graph in graphs]
+    modules = [_module(context, graph, bits, bound) for graph in graphs()]
     module = api.merge_modules(modules) if len(modules) > 1 else modules[0]
     settings = api.ConvertToTFLConfig()
     settings.unsafe_fuse_dynamic_shaped_broadcast = True

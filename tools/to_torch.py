@@ -96,6 +96,14 @@ def open_source(checkpoint: str, step: int | None) -> Source:
     return Source(pathlib.Path(home), find_step(home, step), description, tokenizer)
 
 
+def load_parts(source: Source, parts: Sequence[str]) -> dict[str, Any]:
+    """Some parts of a checkpoint as float32 arrays on one device. Raises `CheckpointError` when they cannot be read."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract, _ = abstract_parameters(source.config, RUNTIME)
+    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    return load_params(source.home, targets, source.step, parts)
+
+
 def export(
     checkpoint: str,
     output: str,
@@ -203,10 +211,7 @@ class Export:
 
     def _parameters(self) -> dict[str, Any]:
         """The three parts in float32 on one device, rounded to the dtype that is stored."""
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract, _ = abstract_parameters(self.config, RUNTIME)
-        targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-        params = load_params(self.source.home, targets, self.source.step, branch_parts(self.branch))
+        params = load_parts(self.source, branch_parts(self.branch))
         if self.dtype != "float32":
             round_in_place(params, self.dtype)
         return params

@@ -151,7 +151,7 @@ def test_an_encoder_keeps_its_precision_where_a_tile_is_padding(run: Path) -> No
     made = read(Request(str(run), None, ("encoder",), "base", None, (16,), 256, None, 0, 0, ()))
     graph = part_graphs(made, PRECISIONS["int8"])["encoder_base"]()[0]
     path = run / "padding.tflite"
-    export_tflite.converter().convert([graph], path, PRECISIONS["int8"].bits)
+    export_tflite.converter().convert(lambda: [graph], path, PRECISIONS["int8"].bits)
     side = made.source.config.tiling.tile_size
     tile = normalise_pixels(np.full((1, side, side, 3), 128, np.uint8))
     found = open_signatures(run)["encoder_base"](tile=tile)["features"]
