@@ -9,6 +9,7 @@ Every precision is an artifact of its own. Embedder and decoder hold several sig
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import pathlib
 import sys
@@ -181,6 +182,8 @@ def _export_one(
     progress(f"{name}: parity", 1)
     model = EdgeModel(made.settings, made.source.tokenizer, open_signatures(home))
     parts = edge_parity.compare(model, made.cases, made.references, made.vrc)
+    del model
+    gc.collect()  # interpreters and their runners hold one another, and the files with them
     if bundle:
         parts |= _write_bundles(made, precision, home)
     sizes = {path.name: path.stat().st_size for path in sorted(home.glob("*.*lite*"))}
