@@ -13,6 +13,9 @@ _SHRUNK = np.linspace(0.975, 0.6, 16, dtype=np.float32)
 _LIMIT = np.float32(7)
 """The largest whole number of 4 bits that has a negative."""
 
+_ROWS = 4096
+"""Outputs that are rounded at once."""
+
 _DAMPING = 0.01
 """Of a Gram matrix, as a share of its mean diagonal: inputs that were hardly seen must not be trusted to make good the others."""
 
@@ -70,10 +73,21 @@ class QuantisedMatrix:
 def quantise(matrix: Float32[np.ndarray, "e c"], bits: int) -> QuantisedMatrix:
     """Rounds to whole numbers. Below 8 bits each output takes, of a few ranges, the one with the least squared error.
 
-    At 4 bits cutting off the largest weights is often the smaller loss; at 8 bits hardly ever.
+    At 4 bits cutting off the largest weights is often the smaller loss; at 8 bits hardly ever. A vocabulary's matrix is a gigabyte, so
+    a few outputs are rounded at a time.
     """
+    values, scale = np.empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
+    for first in range(0, len(matrix), _ROWS):
+        rows = slice(first, first + _ROWS)
+        values[rows], scale[rows] = _rounded(np.ascontiguousarray(matrix[rows], np.float32), bits)
+    return QuantisedMatrix(values, scale, bits)
+
+
+def _rounded(
+    matrix: Float32[np.ndarray, "e c"], bits: int
+) -> tuple[Float32[np.ndarray, "e c"], Float32[np.ndarray, "e"]]:
+    """Whole numbers and the scale of each output."""
     limit = np.float32(2 ** (bits - 1) - 1)
-    matrix = np.ascontiguousarray(matrix, np.float32)
     largest = np.maximum(np.abs(matrix).max(1), np.float32(1e-20))
     scale = largest / limit
     if bits < 8:
@@ -82,7 +96,7 @@ def quantise(matrix: Float32[np.ndarray, "e c"], bits: int) -> QuantisedMatrix:
             candidate = largest * share / limit
             error = _error(matrix, candidate, limit)
             least, scale = np.minimum(least, error), np.where(error < least, candidate, scale)
-    return QuantisedMatrix(_round(matrix, scale, limit).astype(np.int8), scale.astype(np.float32), bits)
+    return _round(matrix, scale, limit), scale
 
 
 @dataclasses.dataclass(frozen=True)
