@@ -18,7 +18,7 @@ from jaxtyping import Int16
 from data_pipelines.errors import RecordError
 from data_pipelines.packing import Budget
 from data_pipelines.pieces import Pieces, measure_pieces
-from data_pipelines.records import MANIFEST, Record, ShardEntry, decode, read_manifest, verify_source
+from data_pipelines.records import MANIFEST, Record, ShardEntry, decode, file_checksum, read_manifest, verify_source
 from data_pipelines.shard_index import ShardIndex, read_index
 from data_pipelines.staged import fetched
 from hypervl_jax.architecture import TilingConfig
@@ -56,7 +56,7 @@ class Source:
     Args:
         directory: holds the manifest, the shards and their indexes.
         fingerprint: of the tokenizer of this run, chat template included.
-        check: whether to compare the record count of every index with the manifest; an index that is used is checked in full.
+        check: whether to compare the record count of every index with the manifest; an index that is used is compared with its checksum.
 
     Raises:
         RecordError: not a complete source; a file has another size, or an index other records, than the manifest says; or
@@ -91,7 +91,7 @@ class Source:
         return self.directory.name
 
     def sizes(self, record: int) -> Sizes:
-        """Sizes of a record, from the index alone."""
+        """Sizes of a record, from the index alone. Raises `DamagedShard` when that differs from its checksum."""
         shard, row = self._locate(record)
         index = self._index(shard)
         return Sizes(index.image_sizes(row), int(index.text_lengths[row]))
@@ -169,7 +169,11 @@ class Source:
         return self.directory / self._shards[shard].file
 
     def _open_index(self, shard: int) -> ShardIndex:
-        index = read_index(self.directory / self._shards[shard].index_file, self.fingerprint)
+        path = self.directory / self._shards[shard].index_file
+        # This reads the file into the page cache, from which it is then mapped.
+        if not path.is_file() or file_checksum(path) != self._shards[shard].index_checksum:
+            raise DamagedShard(f"{path} is missing or differs from its checksum in the manifest; {_CHECK_HELP}")
+        index = read_index(path, self.fingerprint)
         self._check_count(self._shards[shard], len(index))
         return index
 

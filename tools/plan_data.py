@@ -106,19 +106,23 @@ def make_plan(options: argparse.Namespace, config: ExperimentConfig, console: Co
 
 
 def to_json(plan: DataPlan) -> dict[str, Any]:
-    """All of a plan in plain values; counts are of one pass over a source, tokens and epochs of the whole stage."""
+    """All of a plan in plain values.
+
+    `tokens`, `steps` and `rows` are what the stage asks for; `reached_tokens`, `reached_tiles` and the sources' `stage_tokens` and
+    `epochs` what it reads, which is less when the data gives out; other counts of a source are of one pass over it.
+    """
     batch, host, recommended = plan.config.batch, plan.host, plan.recommended
     return {
         "config": plan.config.name,
         "tokens": plan.token_budget,
         "reachable": plan.reachable,
         "reached_tokens": plan.reading.reached,
+        "reached_tiles": _reached_tiles(plan),
         "exhausted": [source._asdict() for source in plan.reading.exhausted],
         "step_tokens": plan.step_tokens,
         "steps": plan.steps,
         "configured_steps": plan.config.loop.steps,
         "rows": plan.steps * batch.rows,
-        "tiles": sum(tiles for tiles in _stage_tiles(plan)),
         "batch": {"rows": batch.rows, "length": batch.length, "tiles": batch.tiles},
         "token_fill": plan.fill.token_fill,
         "tile_fill": plan.fill.tile_fill,
@@ -143,9 +147,9 @@ def to_json(plan: DataPlan) -> dict[str, Any]:
     }
 
 
-def _stage_tiles(plan: DataPlan) -> Iterable[float]:
-    for epochs, source in zip(plan.epochs, plan.facts, strict=True):
-        yield epochs * source.tiles
+def _reached_tiles(plan: DataPlan) -> float:
+    """Tiles that the stage reads before it ends or the data does."""
+    return math.fsum(epochs * source.tiles for epochs, source in zip(plan.epochs, plan.facts, strict=True))
 
 
 def _packing_share(plan: DataPlan) -> float | None:
@@ -252,11 +256,11 @@ def _stage_table(plan: DataPlan) -> Table:
     stored = scaled(sum(source.stored_bytes for source in plan.facts))
     cores = "not timed" if host.cores is None else f"{host.cores:,.2f} cores"
     rows = [
-        ("tokens", f"{scaled(plan.token_budget)}; {verdict(plan)}"),
-        ("tiles", scaled(sum(_stage_tiles(plan)))),
-        ("steps", f"{plan.steps:,} of {plan.step_tokens:,.0f} tokens; loop.steps is {plan.config.loop.steps:,}"),
-        ("rows", f"{plan.steps * batch.rows:,} of {batch.length} positions and {batch.tiles} tiles"),
-        ("stored", f"{stored} bytes"),
+        ("stage: tokens", f"{scaled(plan.token_budget)}; {verdict(plan)}"),
+        ("stage: steps", f"{plan.steps:,} of {plan.step_tokens:,.0f} tokens; loop.steps is {plan.config.loop.steps:,}"),
+        ("stage: rows", f"{plan.steps * batch.rows:,} of {batch.length} positions and {batch.tiles} tiles"),
+        ("what it reads", _what_it_reads(plan)),
+        ("all sources", f"{stored} bytes stored"),
         (
             "a host",
             f"{host.rows} rows every {plan.step_seconds:.3f} s: {host.samples_per_second:,.1f} samples/s, {host.megabytes_per_second:,.2f} MB/s, {cores}",
@@ -268,6 +272,16 @@ def _stage_table(plan: DataPlan) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _what_it_reads(plan: DataPlan) -> str:
+    reached = plan.reading.reached
+    extent = (
+        "the whole stage"
+        if plan.reachable
+        else f"{reached / plan.token_budget:.1%} of the stage, then the data gives out"
+    )
+    return f"{scaled(reached)} tokens with {scaled(_reached_tiles(plan))} tiles: {extent}"
 
 
 def verdict(plan: DataPlan) -> str:

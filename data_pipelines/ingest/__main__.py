@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import re
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,10 +21,10 @@ from rich.table import Table
 
 from data_pipelines.ingest import storage
 from data_pipelines.ingest.config import load_config
-from data_pipelines.ingest.errors import IngestError
+from data_pipelines.ingest.errors import EXPECTED, IngestError
 from data_pipelines.ingest.readers.registry import READERS
 from data_pipelines.ingest.samples import SourceTags
-from data_pipelines.records import Manifest, RecordError
+from data_pipelines.records import Manifest
 from hypervl_jax.architecture import TilingConfig, hypervl_tiny
 from hypervl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -61,19 +63,22 @@ filters.yaml holds the fields of data_pipelines.ingest.config.IngestConfig; unna
   earlier: [DIR/train/cauldron]                      sources that hold some of it already
   scorers: [{name: personal, factory: "data_pipelines.ingest.scorers:personal_data", maximum: 0}]
 
-Arguments that are not listed here go to Beam."""
+Beam's own arguments are taken too, such as --max_num_workers; one that neither knows is an error."""
 
 _RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
+_NAME = re.compile(r"\w[\w.+-]*")
 _SIZE = re.compile(r"(\d+)([KMG]?)i?B?", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    options, beam_flags = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, beam_flags = parser.parse_known_args(arguments)
     try:
         with _errors_only():
+            _check_flags(parser, beam_flags)
             manifest = _run(options, beam_flags)
-    except (IngestError, RecordError, TokenizerError) as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--source", required=True, metavar="KIND:LOCATION", help=f"what to read; kinds are {', '.join(READERS)}")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the reader; may be repeated")
-    add("--name", required=True, help="name of the source, as mixtures call it")
+    add("--name", type=_plain_name, required=True, help="name of the source, as mixtures call it")
     add("--output", required=True, metavar="DIR", help="the source directory to make: ROOT/train/NAME")
     add("--licence", required=True, help="of the source as a whole; samples may bring their own")
     add("--description", default="", help="one sentence for people")
@@ -121,7 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--staging", metavar="DIR", help="where unfinished work lies; shared by all workers (default: OUTPUT.staging)")
     add("--runner", choices=_RUNNERS, default="DirectRunner", help="Beam's engine (default: this machine)")
-    add("--workers", type=int, default=1, metavar="N", help="processes on this machine, for DirectRunner (default: 1)")
+    add(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes on this machine, for DirectRunner (default: 1)",
+    )
     add("--json", action="store_true", help="print the manifest as one JSON object")
     return parser
 
@@ -133,26 +144,58 @@ def _bytes(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
+
+
+def _plain_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain name: letters, digits, and . _ + - after the first")
+    return text
+
+
+def _check_flags(parser: argparse.ArgumentParser, flags: Sequence[str]) -> None:
+    """Ends the process with a usage error for arguments that Beam does not know either: it would pass over them."""
+    unknown = _import_pipeline().unknown_flags(flags) if flags else []
+    if unknown:
+        names = [flag.partition("=")[0] for flag in unknown if flag.startswith("-")]
+        parser.error(f"neither this command nor Beam knows {', '.join(map(_with_closest, names or unknown))}")
+
+
+def _with_closest(name: str) -> str:
+    closest = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", _parser().format_usage()), 1)
+    return f"{name} (did you mean {closest[0]}?)" if closest else name
+
+
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Beam warns of parts that are not installed, and its workers tell when they start and stop: not here."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    """Beam warns of parts that are not installed, tells when workers start and stop, and logs each error that it raises: not here."""
+    levels = {logging.getLogger(): logging.ERROR, logging.getLogger("apache_beam"): logging.CRITICAL}
+    before = {logger: logger.level for logger in levels}
     try:
+        for logger, level in levels.items():
+            logger.setLevel(level)
         yield
     finally:
-        root.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
+def _import_pipeline() -> types.ModuleType:
+    """Beam takes seconds to import; `--help` and wrong arguments should not."""
+    try:
+        from data_pipelines.ingest import pipeline
+    except ImportError as error:
+        raise IngestError(f"ingest needs {error.name}: pip install 'hypervl-jax[data]'") from error
+    return pipeline
 
 
 def _run(options: argparse.Namespace, beam_flags: Sequence[str]) -> Manifest:
     ingest_options = _options(options.option)
     config = load_config(options.config)
-    try:
-        # Beam takes seconds to import; `--help` and wrong arguments should not.
-        from data_pipelines.ingest import pipeline
-    except ImportError as error:
-        raise IngestError(f"ingest needs {error.name}: pip install 'hypervl-jax[data]'") from error
+    pipeline = _import_pipeline()
     output = options.output.rstrip("/")
     ingest = pipeline.Ingest(
         source=options.source,

@@ -1,18 +1,25 @@
 """Duplicates across the whole set, found by grouping: no process ever holds more than a group's first few members.
 
-    rows ─by content hash─► exact duplicates out ─by keys of signatures─► pairs of near duplicates
+    rows ─by content hash─► exact duplicates out ─by keys of signatures─► groups of two or more, without signatures
+         ─by member, then by group─► their signatures compared: pairs of near duplicates
          ─connected components─► all of a component but one out
 
 Of equal records the one that is read first stays; what an earlier source holds stays there; of near duplicates the one with most pixels, then with the longest text, then
 with the smallest content hash: a choice that depends on the set alone.
+
+A text has some twenty keys, and most keys have a single member. So what is grouped by them is small, 44 bytes a key: a signature of
+half a kilobyte travels once for its record, and once more for each group that the record is in with others.
 """
 
 from __future__ import annotations
 
+import collections
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import apache_beam as beam
+import xxhash
 
 from data_pipelines.ingest.config import IngestConfig
 from data_pipelines.ingest.signatures import hamming, image_keys, similarity, text_keys
@@ -26,14 +33,24 @@ _LEADERS = 16
 """Members of a group that all others are compared with. Groups are small (26 bits of a hash, or a band of a MinHash): the limit
 bounds the time of one that is not."""
 
-Rank = str
-"""Identity of a record that sorts by preference: the smallest stays."""
+_BUCKET_BYTES = 2
+"""Keys of signatures are 128-bit hashes, so that no two meet by chance; those that begin with the same bytes are grouped together.
+An engine that groups in memory spends some 300 bytes on each of its groups, and a key of one member is not worth that."""
+
+_KEY_BYTES = 16 - _BUCKET_BYTES
+
+Rank = bytes
+"""Identity of a record that sorts by preference, 28 bytes: the smallest stays."""
+
+Signature = bytes | tuple[int, tuple[int, ...]]
+"""MinHash of a text; or the text that pictures must share (0: any) and their hashes."""
 
 
 def rank(row: StagedRow) -> Rank:
     """What an earlier source holds first, then most pixels, then the longest text, then the smallest content hash."""
     pixels = sum(h * w for h, w in zip(row.image_heights, row.image_widths, strict=True))
-    return f"{int(not row.earlier)}{2**52 - pixels:014x}{2**32 - row.text_length:09x}{row.content_hash}"
+    size = ((not row.earlier) << 55) + 2**52 - pixels
+    return size.to_bytes(7, "big") + (2**32 - row.text_length).to_bytes(5, "big") + bytes.fromhex(row.content_hash)
 
 
 class DropExactDuplicates(beam.PTransform):
@@ -58,47 +75,98 @@ class NearDuplicates(beam.PTransform):
 
     def expand(self, rows: beam.PCollection[StagedRow]) -> beam.PCollection[Rank]:
         """Groups by signature keys, compares within groups, and joins the pairs."""
-        config = self._config
-        signed = rows | "signatures" >> beam.FlatMap(_signed_keys, config)
-        pairs = signed | "groups" >> beam.GroupByKey() | "compare" >> beam.FlatMap(_similar_pairs, config)
+        # The types choose Beam's coders for bytes, a third shorter than those for anything.
+        keys = rows | "keys" >> beam.FlatMap(_keys, self._config).with_output_types(tuple[bytes, bytes])
+        groups = keys | "buckets" >> beam.GroupByKey() | "groups" >> beam.FlatMap(_groups).with_output_types(_PART)
+        signatures = rows | "signatures" >> beam.FlatMap(_signatures, self._config).with_output_types(_PART)
+        parts = (signatures, groups) | "both" >> beam.Flatten() | "by member" >> beam.GroupByKey()
+        members = parts | "members" >> beam.FlatMap(_members).with_output_types(tuple[bytes, tuple[Rank, Any]])
+        pairs = members | "by group" >> beam.GroupByKey() | "compare" >> beam.FlatMap(_similar_pairs, self._config)
         links = pairs | "distinct pairs" >> beam.Distinct()
         for number in range(COMPONENT_ROUNDS):
             links = links | f"pass labels {number}" >> PassLabels()
         return links | "larger ends" >> beam.Keys() | "distinct" >> beam.Distinct()
 
 
-def _signed_keys(row: StagedRow, config: IngestConfig) -> Iterator[tuple[Hashable, tuple[Rank, object]]]:
-    """(key, (rank, signature)): near duplicates have a key in common."""
+_PART = tuple[Rank, tuple[Any, Any]]
+"""(a record, its signature and None), or (a record, None and a group that it is in)."""
+
+
+def _signature(row: StagedRow, config: IngestConfig) -> Signature | None:
+    """What a row is compared by; None for one that is not compared."""
     if row.image_hashes and config.image_distance >= 0 and config.same_image != "keep":
-        text = row.text_fingerprint if config.same_image == "same_text" else 0
-        for block, bits in image_keys(row.image_hashes[0], config.image_distance):
-            yield f"image {len(row.image_hashes)} {text:x} {block} {bits:x}", (rank(row), row.image_hashes)
-    elif row.text_signature and config.text_similarity > 0:
-        for band, data in text_keys(row.text_signature, config.text_similarity):
-            yield f"text {band} {data.hex()}", (rank(row), row.text_signature)
+        return (row.text_fingerprint if config.same_image == "same_text" else 0, row.image_hashes)
+    return row.text_signature or None if config.text_similarity > 0 else None
+
+
+def _signatures(row: StagedRow, config: IngestConfig) -> Iterator[tuple[Rank, tuple[Signature, None]]]:
+    signature = _signature(row, config)
+    if signature is not None:
+        yield rank(row), (signature, None)
+
+
+def _keys(row: StagedRow, config: IngestConfig) -> Iterator[tuple[bytes, bytes]]:
+    """(bucket, rest of the key and rank) for each key: near duplicates have a key in common."""
+    signature = _signature(row, config)
+    member = rank(row) if signature is not None else b""
+    for name in () if signature is None else _key_names(signature, config):
+        key = xxhash.xxh3_128_digest(name)
+        yield key[:_BUCKET_BYTES], key[_BUCKET_BYTES:] + member
+
+
+def _key_names(signature: Signature, config: IngestConfig) -> Iterator[bytes]:
+    if isinstance(signature, bytes):
+        for band, data in text_keys(signature, config.text_similarity):
+            yield b"text %d %s" % (band, data)
+        return
+    text, hashes = signature
+    for block, bits in image_keys(hashes[0], config.image_distance):
+        yield b"image %d %x %d %x" % (len(hashes), text, block, bits)
+
+
+def _groups(bucket: tuple[bytes, Iterable[bytes]]) -> Iterator[tuple[Rank, tuple[None, bytes]]]:
+    """The members of each key in a bucket that has several; keys with the same members give one name to their group."""
+    _, members = bucket
+    counts: collections.Counter[bytes] = collections.Counter()
+    sums: collections.Counter[bytes] = collections.Counter()
+    for member in members:
+        key = member[:_KEY_BYTES]
+        counts[key] += 1
+        # A sum does not depend on the order in which an engine gives them.
+        sums[key] += xxhash.xxh3_128_intdigest(member[_KEY_BYTES:])
+    for member in members:
+        key = member[:_KEY_BYTES]
+        if counts[key] > 1:
+            yield member[_KEY_BYTES:], (None, (sums[key] % 2**128).to_bytes(16, "big"))
+
+
+def _members(
+    parts: tuple[Rank, Iterable[tuple[Signature | None, bytes | None]]],
+) -> Iterator[tuple[bytes, tuple[Rank, Signature]]]:
+    """A record and its signature for each of its groups; a record has one group for each of its keys at most."""
+    name, values = parts
+    signature = next(signature for signature, group in values if group is None)
+    groups = {group for _, group in values if group is not None}
+    return ((group, (name, signature)) for group in sorted(groups))
 
 
 def _similar_pairs(
-    group: tuple[str, Iterable[tuple[Rank, object]]], config: IngestConfig
+    group: tuple[bytes, Iterable[tuple[Rank, Signature]]], config: IngestConfig
 ) -> Iterator[tuple[Rank, Rank]]:
     """(larger rank, smaller rank) of members that are near duplicates of one of the group's first."""
-    key, members = group
-    similar = (
-        _images_similar(config.image_distance) if key.startswith("image") else _texts_similar(config.text_similarity)
-    )
+    _, members = group
     leaders = heapq.nsmallest(_LEADERS, members)
     for name, signature in members:
         for leader, other in leaders:
-            if leader < name and similar(signature, other):
+            if leader < name and _similar(signature, other, config):
                 yield name, leader
 
 
-def _images_similar(distance: int) -> Callable[[tuple[int, ...], tuple[int, ...]], bool]:
-    return lambda left, right: all(hamming(a, b) <= distance for a, b in zip(left, right, strict=True))
-
-
-def _texts_similar(threshold: float) -> Callable[[bytes, bytes], bool]:
-    return lambda left, right: similarity(left, right) >= threshold
+def _similar(left: Signature, right: Signature, config: IngestConfig) -> bool:
+    """Whether two signatures with a key in common, hence of one kind, are those of near duplicates."""
+    if isinstance(left, bytes):
+        return similarity(left, right) >= config.text_similarity
+    return all(hamming(a, b) <= config.image_distance for a, b in zip(left[1], right[1], strict=True))
 
 
 class PassLabels(beam.PTransform):

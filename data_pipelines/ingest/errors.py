@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from data_pipelines.errors import RecordError
+from hypervl_jax.text.tokenizer import TokenizerError
+
 
 class IngestError(ValueError):
     """The ingest cannot go on; the message says why and what to do."""
+
+
+EXPECTED = (IngestError, RecordError, TokenizerError)
+"""Errors of an ingest whose message is for people: the command prints it and nothing else."""
 
 
 class Skip(ValueError):

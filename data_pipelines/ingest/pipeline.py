@@ -10,23 +10,29 @@ output its own, so that of two runs into one output only one writes there.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
 from data_pipelines.ingest import lists, staging, storage
 from data_pipelines.ingest.config import IngestConfig
 from data_pipelines.ingest.deduplication import DropExactDuplicates, NearDuplicates, rank
 from data_pipelines.ingest.earlier import earlier_shards
-from data_pipelines.ingest.errors import IngestError
+from data_pipelines.ingest.errors import EXPECTED, IngestError
 from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.ingest.reading import Reading, UnitStager, check_failure_rate, exclusions_path
 from data_pipelines.ingest.samples import SourceTags
@@ -37,7 +43,12 @@ from hypervl_jax.text.tokenizer import Tokenizer
 
 _NAMESPACE = "ingest"
 _LIMITS = ("failure_limit", "damaged_files")
-_OUR_ERROR = re.compile(r"(?:IngestError|StorageError): (.+?)(?: \[while running|\n|$)")
+_LOCAL = "FnApiRunner"
+"""Beam's engine on this machine. DirectRunner by its own name would first try to download another one (Prism)."""
+
+_OUR_ERROR = re.compile(
+    rf"(?:StorageError|{'|'.join(kind.__name__ for kind in EXPECTED)}): (.+?)(?: \[while running|\n|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +87,33 @@ def run(ingest: Ingest, options: PipelineOptions) -> Manifest:
 
     Raises:
         IngestError: the source cannot be read, too many of its samples cannot, nothing is left after filtering, the output
-            is a complete source already or that of another run, or an unfinished ingest had other settings or other files.
+            cannot be written, is a complete source already or that of another run, another process is at work in the staging
+            directory, or an unfinished ingest had other settings or other files.
     """
     _check_incomplete(ingest.output)
+    storage.check_writable(ingest.output)
     units = tuple(make_reader(ingest.source, ingest.options).units())
     if not units:
         raise IngestError(f"{ingest.source} holds nothing of that kind; check the location")
     exclusions = lists.compile_lists(ingest.config)
+    with storage.locked(ingest.staging):
+        manifest = _run_alone(ingest, units, exclusions, options)
+    storage.remove_tree(ingest.staging)
+    return manifest
+
+
+def _run_alone(
+    ingest: Ingest, units: tuple[str, ...], exclusions: lists.Exclusions, options: PipelineOptions
+) -> Manifest:
+    """Runs what is left to run in the staging directory, which no other process of this machine uses meanwhile."""
+    _check_incomplete(ingest.output)  # another process may have had the directory since the first look
     staging.open_staging(ingest.staging, _settings(ingest, units, exclusions))
     staging.check_owner(ingest.output, ingest.staging)
     exclusions.save(exclusions_path(ingest.staging))
     staging.write_tokenizer(ingest.staging, ingest.tokenizer)
     reading = _reading(ingest, units)
     reports = _stage_units(reading, options)[: len(units)]
-    _check_reports(reports, ingest.config)
+    _check_reports(reports, ingest)
     _claim(ingest)
     selection = _write_shards(ingest, reading.count, options)
     return _finish(ingest, reports, selection)
@@ -114,14 +138,23 @@ def beam_options(runner: str, workers: int, flags: Sequence[str] = ()) -> Pipeli
     """Beam's options for a runner; on this machine, `workers` processes."""
     if runner != "DirectRunner":
         return PipelineOptions([f"--runner={runner}", *flags])
-    # DirectRunner by its own name would first try to download another engine (Prism).
-    mode = "multi_processing" if workers > 1 else "in_memory"
-    local = [
-        f"--direct_num_workers={workers}",
-        f"--direct_running_mode={mode}",
-        "--default_sdk_harness_log_level=ERROR",
-    ]
-    return PipelineOptions(["--runner=FnApiRunner", *local, *flags])
+    return PipelineOptions([f"--runner={_LOCAL}", f"--direct_num_workers={workers}", *flags])
+
+
+def unknown_flags(flags: Sequence[str]) -> list[str]:
+    """Those of Beam's flags that none of its runners knows. An ill value of a known one ends the process, as argparse does."""
+    parsers: list[argparse.ArgumentParser] = []
+    PipelineOptions(list(flags)).get_all_options(add_extra_args_fn=parsers.append)
+    return parsers[0].parse_known_args(list(flags))[1]
+
+
+def _runner(options: PipelineOptions) -> FnApiRunner | None:
+    """Several processes on this machine, which end when this one does, however it does; None leaves the choice to the options."""
+    if options.view_as(StandardOptions).runner != _LOCAL or options.view_as(DirectOptions).direct_num_workers == 1:
+        return None
+    # Beam's own worker processes outlive a killed parent by a minute and a half. `exec`: Beam starts them in a shell.
+    command = f"exec {shlex.quote(sys.executable)} -m data_pipelines.ingest.beam_worker {os.getpid()}"
+    return FnApiRunner(SubprocessSDKEnvironment.from_command_string(command))
 
 
 def _reading(ingest: Ingest, units: tuple[str, ...]) -> Reading:
@@ -192,9 +225,13 @@ def _stage_units(reading: Reading, options: PipelineOptions) -> list[staging.Uni
     return reports
 
 
-def _check_reports(reports: Iterable[staging.UnitReport], config: IngestConfig) -> None:
+def _check_reports(reports: Sequence[staging.UnitReport], ingest: Ingest) -> None:
     total = sum_reports(reports)
-    check_failure_rate(total, config)
+    check_failure_rate(total, ingest.config)
+    if not total.samples:
+        raise IngestError(
+            f"{ingest.source} holds no sample at all (units read: {len(reports)}); check that it is what --source says"
+        )
     if not total.records:
         raise IngestError(
             f"no sample is left of {total.samples}: {dict(sorted(total.drops.items()))}; loosen the filters"
@@ -222,7 +259,8 @@ def _write_shards(ingest: Ingest, units: int, options: PipelineOptions) -> dict[
         rows = numbers | "rows" >> beam.FlatMap(lambda unit, where: staging.read_rows(where, unit), ingest.staging)
         unique = rows | "exact" >> DropExactDuplicates()
         near = unique | "near" >> NearDuplicates(ingest.config)
-        ranked = unique | "by rank" >> beam.Map(lambda row: (rank(row), row))
+        # What follows compares no texts, and their signatures are most of a row.
+        ranked = unique | "by rank" >> beam.Map(lambda row: (rank(row), row._replace(text_signature=b"")))
         marks = near | "marks" >> beam.Map(lambda name: (name, True))
         judged = {"row": ranked, "mark": marks} | "join" >> beam.CoGroupByKey() | "judge" >> beam.FlatMap(_judge)
         kept = judged | "stay" >> beam.Filter(lambda item: not item[0]) | "kept rows" >> beam.Map(lambda item: item[1])
@@ -310,7 +348,6 @@ def _finish(ingest: Ingest, reports: Iterable[staging.UnitReport], selection: Ma
     _remove_strangers(ingest.output, [shard for shard in shards if shard is not None])
     staging.write_json(storage.join(ingest.output, MANIFEST), dataclasses.asdict(manifest))
     staging.release(ingest.output)
-    storage.remove_tree(ingest.staging)
     return manifest
 
 
@@ -334,12 +371,12 @@ def _remove_strangers(output: str, shards: Iterable[ShardSummary]) -> None:
 def _pipeline(options: PipelineOptions) -> Iterator[beam.Pipeline]:
     """A Beam pipeline whose failure is the one sentence of ours that a worker raised, where there is one."""
     try:
-        with beam.Pipeline(options=options) as pipeline:
+        with beam.Pipeline(_runner(options), options) as pipeline:
             yield pipeline
-    except IngestError as failure:
+    except EXPECTED as failure:
         raise IngestError(str(failure).partition(" [while running")[0]) from failure
-    except RuntimeError as failure:
-        # Workers in processes of their own send a traceback as text.
+    except Exception as failure:
+        # Workers in processes of their own send a traceback as text, and every runner has its own error for it.
         found = _OUR_ERROR.findall(str(failure))
         if not found:
             raise

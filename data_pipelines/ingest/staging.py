@@ -231,19 +231,33 @@ def open_staging(staging: str, settings: Mapping[str, Any]) -> None:
     """Begins a staging directory, or goes on with one of the same settings.
 
     Raises:
-        IngestError: it was begun with other settings; the message names the first that differs.
+        IngestError: it was begun with other settings; the message names the first that differs, with both values.
     """
     path, wanted = storage.join(staging, "settings.json"), json.loads(json.dumps(settings))
     if not storage.exists(path):
         write_json(path, wanted)
         return
     found = json.loads(storage.read_bytes(path))
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise IngestError(
-                f"{staging} was begun with another {name} ({_short(found.get(name))}, now {_short(wanted.get(name))}); "
-                f"give the command that began it, or remove the directory and the unfinished output to start again"
-            )
+    if found != wanted:
+        name, before, now = _first_difference(found, wanted)
+        raise IngestError(
+            f"{staging} was begun with another {name.removeprefix('.')} ({_short(before)}, now {_short(now)}); "
+            f"give the command that began it, or remove the directory and the unfinished output to start again"
+        )
+
+
+def _first_difference(found: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """The first leaf in which two JSON values differ: its place as in `.config.scorers[0].maximum`, and both values."""
+    both = (found, wanted)
+    if all(isinstance(value, dict) for value in both):
+        places = [(f".{name}", found.get(name), wanted.get(name)) for name in sorted(found.keys() | wanted.keys())]
+    elif all(isinstance(value, list) for value in both) and len(found) == len(wanted):
+        places = [(f"[{place}]", *pair) for place, pair in enumerate(zip(*both, strict=True))]
+    else:
+        return "", found, wanted
+    place, *values = next(item for item in places if item[1] != item[2])
+    below, before, now = _first_difference(*values)
+    return place + below, before, now
 
 
 def claim(output: str, staging: str) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
 import glob
 import os
 import pathlib
+import platform
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -33,6 +36,10 @@ _UPLOAD_BYTES_PER_SECOND = 2**20
 """An upload may be this slow before it is given up."""
 
 _UNFINISHED = ".new-"
+_LOCK = "lock"
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+"""What the system says when a write does not fit, whoever passes it on."""
+
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "last_modified", "created")
 """Under one of these names a store tells which version of a file it has."""
 
@@ -156,7 +163,7 @@ def size(path: str) -> int:
 
 def names_in(directory: str) -> list[str]:
     """Names of the files directly in a directory, sorted; none when there is no directory."""
-    return sorted(name.rpartition("/")[2] for name in _call(directory, "list", _list)) if exists(directory) else []
+    return sorted(sizes_in(directory)) if exists(directory) else []
 
 
 def sizes_in(directory: str) -> dict[str, int | None]:
@@ -233,7 +240,7 @@ def local_copy(path: str) -> Iterator[pathlib.Path]:
 
 def download(path: str, copy: pathlib.Path) -> None:
     """Copies a file into a local one, block by block."""
-    with copy.open("wb") as file:
+    with _writing(str(copy), others=True), copy.open("wb") as file:
         file.writelines(blocks(path))
 
 
@@ -246,14 +253,82 @@ def blocks(path: str) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
+def _writing(path: str, others: bool = False) -> Iterator[None]:
+    """Says of a local write that fails what it was to write. With `others` the block may fail of other things too, which pass.
+
+    Raises:
+        StorageError: the system refused.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # ArrayRecord passes the system's words on in a RuntimeError.
+        full = any(words in str(error) for words in _FULL)
+        if not full and (others or not isinstance(error, OSError)):
+            raise
+        advice = "make room there or name another place"
+        raise StorageError(f"cannot write {path}: {type(error).__name__}: {error}; {advice}") from error
+
+
+@contextlib.contextmanager
 def new_directory(destination: str) -> Iterator[pathlib.Path]:
-    """A local directory for files that `publish` then moves to `destination`, on the same file system where that is local."""
-    beside = None
-    if is_local(destination):
-        beside = _filesystem(destination)[1]
-        os.makedirs(beside, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=beside) as directory:
+    """A local directory for files that `publish` then moves to `destination`, on the same file system where that is local.
+
+    Raises:
+        StorageError: it cannot be made, or what is written in it does not fit.
+    """
+    beside = _filesystem(destination)[1] if is_local(destination) else None
+    with _writing(destination):
+        if beside is not None:
+            os.makedirs(beside, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=beside)
+    with _writing(destination, others=True), temporary as directory:
         yield pathlib.Path(directory)
+
+
+def check_writable(directory: str) -> None:
+    """Raises `StorageError` unless a local directory can be written, or made where it is not there yet.
+
+    Of a remote one the first write tells.
+    """
+    if is_local(directory):
+        with new_directory(directory if exists(directory) else parent(directory)):
+            pass
+
+
+@contextlib.contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Keeps other processes out of a local directory while the block runs; the system lets go when the process ends, however it does.
+
+    Where the storage knows no locks, as buckets do not, nothing is kept out.
+
+    Raises:
+        StorageError: another process is at work there.
+    """
+    if not is_local(directory):
+        yield
+        return
+    with _writing(directory):
+        os.makedirs(_filesystem(directory)[1], exist_ok=True)
+        file = open(join(_filesystem(directory)[1], _LOCK), "a+")  # noqa: SIM115 - closed by the next block
+    with file:
+        _lock(file, directory)
+        yield
+
+
+def _lock(file: TextIO, directory: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise StorageError(
+            f"{directory} is in use by {file.read().strip() or 'another process'}: wait for it, end it, or name another place"
+        ) from error
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
 
 
 def remove_unfinished(destination: str) -> None:
@@ -264,11 +339,12 @@ def remove_unfinished(destination: str) -> None:
 
 
 def publish(file: pathlib.Path, path: str) -> None:
-    """Moves a finished local file to its place, atomically."""
+    """Moves a finished local file to its place, atomically. Raises `StorageError` when it cannot be put there."""
     if is_local(path):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(file, _filesystem(path)[1])
+        with _writing(path):
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(file, _filesystem(path)[1])
         return
     seconds = CALL_SECONDS + file.stat().st_size / _UPLOAD_BYTES_PER_SECOND
     within(seconds, lambda: _upload(file, path), f"cannot write {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pathlib
 import random
 import tempfile
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.config import DataConfig, SourceShare
-from data_pipelines.records import Manifest, Record, write_source
+from data_pipelines.records import MANIFEST, Manifest, Record, file_checksum, write_source
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 from hypervl_jax.text.tokenizer import SentencePieceTokenizer, train_sentencepiece
@@ -31,6 +32,15 @@ def tokenizer() -> SentencePieceTokenizer:
     texts = [" ".join(words.choices(WORDS, k=12)) for _ in range(200)] + ["user\nassistant\nsystem\n0123456789?."]
     with tempfile.TemporaryDirectory() as directory:
         return train_sentencepiece(texts, pathlib.Path(directory) / "tokenizer.model", 330)
+
+
+def sign_indexes(directory: pathlib.Path) -> None:
+    """Puts the checksums of the indexes that lie in a source into its manifest, for tests that write others."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        index = shard["file"].removesuffix(".array_record") + ".index.arrow"
+        shard["index_checksum"] = file_checksum(directory / index)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
 def png(height: int, width: int, seed: int) -> bytes:

@@ -105,6 +105,21 @@ def test_an_index_of_other_records_is_refused(copied: pathlib.Path) -> None:
         opened(copied)
 
 
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_a_damaged_index_stops_at_its_first_use(copied: pathlib.Path, place: float) -> None:
+    index = sorted(copied.glob("*.index.arrow"))[1]
+    data = bytearray(index.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    index.write_bytes(data)
+    source = Source(copied, tokenizer().fingerprint, check=False)
+    assert len(source.sizes(7).images) == len(RECORDS[7].images)
+    with pytest.raises(DamagedShard, match=f"{index.name} is missing or differs from its checksum"):
+        source.sizes(8)
+    index.unlink()
+    with pytest.raises(DamagedShard, match=f"{index.name} is missing or differs from its checksum"):
+        source.cost(8, 1000, TILING)
+
+
 def test_a_damaged_record_names_its_shard_and_spares_the_others(copied: pathlib.Path) -> None:
     shard = sorted(copied.glob("*.array_record"))[0]
     data = bytearray(shard.read_bytes())

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pytest
-from corpora import SHAPE, TILING, WORDS, assert_batches_equal, config, mixed_records, sample, tokenizer, write
+from corpora import (
+    SHAPE,
+    TILING,
+    WORDS,
+    assert_batches_equal,
+    config,
+    mixed_records,
+    sample,
+    sign_indexes,
+    tokenizer,
+    write,
+)
 
 from data_pipelines.config import DataConfig, EpochLimit, ShareChange
 from data_pipelines.errors import RecordError
@@ -266,6 +277,7 @@ def test_a_source_without_pieces_in_its_index_is_split_alike(long_root: pathlib.
         table = pa.ipc.open_file(path.read_bytes()).read_all().drop_columns(["pieces"])
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
+    sign_indexes(tmp_path / "train" / "long")
     of_old, of_new = (loader(config(root, {"long": 1.0})) for root in (tmp_path, long_root))
     assert planned(of_old, 12) == planned(of_new, 12)
 

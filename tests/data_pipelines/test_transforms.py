@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from corpora import SHAPE, TILING, sample, tokenizer, write
+from corpora import SHAPE, TILING, sample, sign_indexes, tokenizer, write
 
 from data_pipelines.packing import Sample
 from data_pipelines.sources import DamagedShard, Source
@@ -162,6 +162,7 @@ def test_a_record_that_is_not_as_its_index_says_is_left_out(source: Source, tmp_
     directory = tmp_path / "train" / "o"
     for index in source.directory.glob("*.index.arrow"):
         shutil.copy(index, directory / index.name)
+    sign_indexes(directory)
     liar = Source(directory, tokenizer().fingerprint)
     row, failures = filled([liar], [drawn(liar, record) for record in range(3)])
     assert [f.reason for f in failures] == [FailureReason.RECORD] * 3

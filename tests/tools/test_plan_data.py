@@ -81,13 +81,32 @@ def test_tables_say_what_gives_out(embedded: pathlib.Path, capsys: pytest.Captur
     limit = ["--data", str(embedded), "--no-timing", "--config.data.epoch_limits=charts:0.01"]
     assert plan_data.main([*TINY, *limit]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert "stage: tokens" in shown
     assert "NOT reachable, the run stops where a source gives out: charts after" in shown
+    assert "of the stage, then the data gives out" in shown.partition("what it reads")[2]
     assert "recommended" in shown
     assert "not timed" in shown
     plan = planned(capsys, *limit, "--config.data.over_limit=reweight")
     assert plan["reachable"]
     assert [source["name"] for source in plan["exhausted"]] == ["charts"]
     assert plan["sources"]["charts"]["epochs"] == pytest.approx(0.01)
+
+
+def test_what_is_read_is_told_from_what_the_stage_asks(
+    embedded: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tenth of the data a tenth of the tiles is read; steps and rows stay those of the stage."""
+    options = ["--data", str(embedded), "--no-timing"]
+    whole = planned(capsys, *options)
+    part = planned(capsys, *options, "--config.data.epoch_limits=charts:0.01")
+    assert whole["reached_tokens"] == pytest.approx(whole["tokens"])
+    share = part["reached_tokens"] / part["tokens"]
+    assert share < 0.5
+    assert part["reached_tiles"] == pytest.approx(share * whole["reached_tiles"])
+    assert (part["steps"], part["rows"]) == (whole["steps"], whole["rows"])
+    assert plan_data.main([*TINY, *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{plan_data.scaled(whole['reached_tiles'])} tiles: the whole stage" in shown
 
 
 def test_missing_data_is_said_in_sentences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ every part.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,8 @@ def split(path: str, entries: int) -> list[Part]:
     """The parts of a file, of so many entries each or of `PART_BYTES`.
 
     Raises:
-        IngestError: a list that breaks off, a file that is no list and not named as lines, or an entry over `ENTRY_BYTES`.
+        IngestError: a list that breaks off or that something follows, a file that is no list and not named as lines, or an
+            entry over `ENTRY_BYTES`.
     """
     ends = _line_ends(storage.blocks(path)) if path.endswith(LINES) else _entry_ends(path, storage.blocks(path))
     parts: list[Part] = []
@@ -117,6 +119,7 @@ def _entry_ends(path: str, blocks: Iterable[bytes]) -> Iterator[int]:
                 break
             position, depth = match.end(), depth + _STEPS.get(match[1], 0)
             if depth == 0:
+                _check_end(path, offset + position, match[1], itertools.chain([data[position:]], blocks))
                 yield offset + position - 1
                 return
             if match[1] == b",":
@@ -126,6 +129,16 @@ def _entry_ends(path: str, blocks: Iterable[bytes]) -> Iterator[int]:
             fault = "breaks off" if block is None else f"has a text of over {ENTRY_BYTES} bytes"
             raise IngestError(f"{path} {fault} at byte {offset + position}; fetch it again")
         data, position, offset = data[position:] + block, 0, offset + position
+
+
+def _check_end(path: str, offset: int, bracket: bytes, rest: Iterable[bytes]) -> None:
+    """Checks that a list ends with its own bracket and the file with the list: a second one would be lost in silence."""
+    if bracket != b"]":
+        raise IngestError(f"{path}: the list ends with {bracket.decode()!r} before byte {offset}; fetch it again")
+    if any(block.strip(_SPACE) for block in rest):
+        raise IngestError(
+            f"{path} goes on after its list, which ends before byte {offset}; put each list into a file of its own, or fetch it again"
+        )
 
 
 def _opening(path: str, data: bytes) -> int:

@@ -87,8 +87,18 @@ class _Folder:
         self._path = path
 
     def read(self, name: str) -> bytes | None:
+        if "::" in name:  # fsspec would take it for a chain of file systems
+            raise unreadable("path_outside", f"{name!r} has the mark '::', which no file below the folder may have")
         place = storage.join(self._path, name)
-        return storage.read_bytes(place) if storage.exists(place) else None
+        if not storage.exists(place):
+            return None
+        try:
+            return storage.read_bytes(place)
+        except storage.StorageError as error:
+            # An object store knows no folder by name: it finds no file there.
+            if isinstance(error.__cause__, IsADirectoryError | FileNotFoundError):
+                raise unreadable("not_a_file", f"{name!r} names a folder") from error
+            raise
 
 
 class _Members:

@@ -7,6 +7,7 @@ sample (`KEY.0.png`, `KEY.1.png`, …) are put in the order of the numbers in th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -112,12 +113,21 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Skip:
 
 
 def _sample(key: str, members: list[tuple[str, bytes | Skip]]) -> Sample | Skip:
+    # Damage of the file comes last, and must not hide behind a skip of one member.
+    skip = next((data for _, data in reversed(members) if isinstance(data, Skip)), None)
+    if skip is not None:
+        return skip
+    repeated = [extension for extension, count in collections.Counter(name for name, _ in members).items() if count > 1]
+    if repeated:
+        return unreadable("duplicate_member", f"{key}.{repeated[0]} occurs more than once, so it is not one sample")
+    return _joined(key, members)
+
+
+def _joined(key: str, members: list[tuple[str, bytes]]) -> Sample | Skip:
     pictures: list[tuple[list[str | int], bytes]] = []
     members_by_name: dict[str, Any] = {}
     described: dict[str, Any] = {}
     for extension, data in members:
-        if isinstance(data, Skip):
-            return data
         name, _, kind = extension.rpartition(".")
         if kind == "json":
             parsed = json_object(data)

@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,11 +20,17 @@ import pytest
 pytest.importorskip("apache_beam")
 pytest.importorskip("webdataset")
 
+import apache_beam as beam
+
 from data_pipelines.ingest.__main__ import main
+from data_pipelines.ingest.errors import IngestError
+from data_pipelines.ingest.pipeline import _pipeline, beam_options
 from data_pipelines.ingest.staging import claim
+from data_pipelines.ingest.storage import locked
 from data_pipelines.records import MANIFEST, RecordError, content_hash, read_manifest, source_statistics, verify_source
 from data_pipelines.sources import Source
 from hypervl_jax.architecture import TilingConfig
+from hypervl_jax.text.tokenizer import TokenizerError
 from tests.data_pipelines.corpora import tokenizer
 from tests.data_pipelines.ingest.raw_sources import write_jsonl, write_webdataset
 
@@ -59,12 +65,18 @@ def arguments(place: pathlib.Path, output: pathlib.Path, *more: str) -> list[str
     return [text for pair in named.items() for text in pair] + list(more)
 
 
+def text_command(place: pathlib.Path, directory: pathlib.Path, *more: str) -> list[str]:
+    """Of `x.jsonl` in a directory into `out` beside it."""
+    base = ["--source", f"jsonl:{directory}/x.jsonl", "--name", "x", "--licence", "CC0-1.0", "--tokenizer", str(place)]
+    return [*base, "--output", str(directory / "out"), *more]
+
+
 def ingest(command: Sequence[str]) -> tuple[int, str, str]:
     """(exit status, standard output, standard error) of the command, in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
-        level = logging.getLogger().level
+        levels = [logging.getLogger(name).level for name in (None, "apache_beam")]
         status = main(command)
-        assert logging.getLogger().level == level
+        assert [logging.getLogger(name).level for name in (None, "apache_beam")] == levels
     return status, output.getvalue(), errors.getvalue()
 
 
@@ -77,14 +89,14 @@ def start(command: Sequence[str], seconds_a_record: float = 0.0) -> subprocess.P
 
 
 def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    """SIGKILL to the command and its workers as soon as `ready`."""
+    """SIGKILL to the command as soon as `ready`; its workers, which hold its pipes too, end with it."""
     limit = time.monotonic() + 120
     while not ready():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "the command got nowhere"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.communicate(timeout=30)
 
 
 def finished(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -140,6 +152,7 @@ def test_two_workers_killed_twice_end_with_the_same_bytes(place: pathlib.Path, r
     process = start(two_workers)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()
+    assert not errors  # neither the command nor its workers pass Beam's log on
     assert contents(output) == reference
     assert not staging.exists()
 
@@ -245,6 +258,52 @@ def test_a_restart_refuses_files_that_were_replaced(place: pathlib.Path, tmp_pat
     assert "was begun with another state of the source's files" in errors
 
 
+def test_a_restart_names_the_setting_that_changed(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"title": "?"}])
+    filters = tmp_path / "filters.yaml"
+    command = [*text_command(place, tmp_path), "--config", str(filters)]
+    filters.write_text("min_side: 8\n")
+    assert ingest(command)[0] == 1
+    filters.write_text("min_side: 16\n")
+    status, _, errors = ingest(command)
+    assert status == 1
+    assert f"{tmp_path}/out.staging was begun with another config.min_side (8, now 16); give the command" in errors
+
+
+def test_source_without_samples_is_not_called_filtered(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [])
+    status, _, errors = ingest(text_command(place, tmp_path))
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"jsonl:{tmp_path}/x.jsonl holds no sample at all" in errors
+
+
+def test_output_that_cannot_be_written_is_found_before_the_source_is_read(
+    place: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (
+        "/proc/hypervl/out",
+        tmp_path / "file" / "out",
+        tmp_path / "file" / "deep" / "out",
+        tmp_path / "file",
+    ):
+        status, _, errors = ingest(text_command(place, tmp_path, "--output", str(output)))
+        assert (status, errors.count("\n")) == (1, 1), errors
+        assert errors.startswith("error: cannot write "), errors
+
+
+def test_a_second_process_is_kept_out_at_once(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "A sentence that stands for itself."}])
+    staging = tmp_path / "out.staging"
+    with locked(str(staging)):
+        status, _, errors = ingest(text_command(place, tmp_path))
+        assert (status, errors.count("\n")) == (1, 1)
+        assert f"{staging} is in use by process {os.getpid()} on " in errors
+        assert not (staging / "settings.json").exists()
+    (tmp_path / "x.jsonl").write_text("")
+    assert "holds no sample" in ingest(text_command(place, tmp_path))[2]
+
+
 def test_source_that_cannot_be_read_stops_with_its_reasons(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
     rows = [{"text": "A sentence that stands for itself."}] * 8 + [{"title": "?"}] * 2
     write_jsonl(tmp_path / "raw" / "x.jsonl", rows)
@@ -264,7 +323,9 @@ def test_source_that_cannot_be_read_stops_with_its_reasons(place: pathlib.Path, 
     assert read_manifest(tmp_path / "out").drops == {"missing_fields": 2, "duplicate:exact": 7}
 
 
-def test_worker_errors_are_one_sentence(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_worker_errors_are_one_sentence(
+    place: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "x.json").write_text("{}")
     base = ["--name", "x", "--licence", "CC0-1.0", "--tokenizer", str(place), "--output", str(tmp_path / "out")]
     status, _, errors = ingest(["--source", f"llava:{tmp_path}/x.json", *base])
@@ -277,6 +338,44 @@ def test_worker_errors_are_one_sentence(place: pathlib.Path, tmp_path: pathlib.P
     assert errors.strip().startswith("error: scorer 'clip' cannot be made from 'nowhere:make'")
     assert "Traceback" not in errors
     assert errors.count("\n") == 1
+    assert not caplog.records
+
+
+def test_errors_of_others_lose_their_place_in_the_pipeline() -> None:
+    def fail(number: int) -> None:
+        raise TokenizerError("no vocabulary")
+
+    with pytest.raises(IngestError, match=r"^no vocabulary$"), _pipeline(beam_options("DirectRunner", 1)) as pipeline:
+        _ = pipeline | beam.Create([0]) | beam.Map(fail)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            ["--confg", "x", "--worker=3", "--region", "r"],
+            r"knows --confg \(did you mean --config\?\), --worker \(did you",
+        ),
+        (["stray"], "knows stray"),
+        (["--conf", "x"], "did you mean --config"),
+        (["--workers", "-2"], "1 or more"),
+        (["--workers", "0"], "1 or more"),
+        (["--name", "a/b"], "'a/b' is not a plain name"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(
+    place: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(text_command(place, tmp_path, *wrong))
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_arguments_of_beam_are_taken(place: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    more = ["--max_num_workers=3", "--sdk_container_image", "x", "--parallelism", "2", "--flink_master", "local"]
+    status, _, errors = ingest(text_command(place, tmp_path, *more))
+    assert (status, "x.jsonl names no file" in errors) == (1, True)
 
 
 def test_remote_source_and_output(place: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import random
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ from data_pipelines.ingest.deduplication import (
     DropExactDuplicates,
     NearDuplicates,
     PassLabels,
-    _signed_keys,
+    _groups,
+    _keys,
+    _members,
+    _signatures,
     _similar_pairs,
     rank,
 )
@@ -78,16 +82,31 @@ def row(
     )
 
 
+def grouped(items: Iterable[tuple[bytes, object]]) -> list[tuple[bytes, list[object]]]:
+    groups = collections.defaultdict(list)
+    for key, value in items:
+        groups[key].append(value)
+    return list(groups.items())
+
+
+def flat(function: Callable[..., Iterable[object]], items: Iterable[object], *settings: object) -> list[object]:
+    return [value for item in items for value in function(item, *settings)]
+
+
+def near_pairs(rows: list[StagedRow], config: IngestConfig) -> set[tuple[bytes, bytes]]:
+    """The pairs that `NearDuplicates` compares and finds similar, grouped here."""
+    groups = flat(_groups, grouped(flat(_keys, rows, config)))
+    members = flat(_members, grouped(flat(_signatures, rows, config) + groups))
+    return set(flat(_similar_pairs, grouped(members), config))
+
+
 def check_pairs(rows: list[StagedRow], names: str, **settings: object) -> None:
     """As `check_dropped`, but groups and joins here: what is a pair depends on the keys and the comparison alone."""
-    config, groups = dataclasses.replace(IngestConfig(), **settings), collections.defaultdict(list)
-    for key, member in itertools.chain.from_iterable(_signed_keys(item, config) for item in rows):
-        groups[key].append(member)
-    links = {pair for group in groups.items() for pair in _similar_pairs(group, config)}
+    links = near_pairs(rows, dataclasses.replace(IngestConfig(), **settings))
     smallest = {rank(item): rank(item) for item in rows}
     for _, (larger, smaller) in itertools.product(rows, links):
         smallest[larger] = smallest[smaller] = min(smallest[larger], smallest[smaller])
-    assert sorted(name[-1] for name, first in smallest.items() if name != first) == sorted(names)
+    assert sorted(name.hex()[-1] for name, first in smallest.items() if name != first) == sorted(names)
 
 
 def check_dropped(rows: list[StagedRow], names: str, **settings: object) -> None:
@@ -95,7 +114,7 @@ def check_dropped(rows: list[StagedRow], names: str, **settings: object) -> None
     config = dataclasses.replace(IngestConfig(), **settings)
     with beam.Pipeline(runner="FnApiRunner") as pipeline:
         near = pipeline | beam.Create(rows) | NearDuplicates(config)
-        assert_that(near | beam.Map(lambda name: name[-1]), equal_to(list(names)))
+        assert_that(near | beam.Map(lambda name: name.hex()[-1]), equal_to(list(names)))
 
 
 def test_image_hash_is_that_of_imagehash_and_bears_small_changes() -> None:
@@ -213,6 +232,49 @@ def test_near_texts_are_found_and_others_are_not() -> None:
     check_dropped(rows, "b")
     check_pairs(rows, "b")
     check_pairs(rows, "", text_similarity=0.0)
+
+
+def test_texts_are_grouped_by_keys_without_their_signatures() -> None:
+    """An engine on one machine holds all of these at once: with the signature, 18 keys of a text took 65 kB of memory."""
+    keys = list(_keys(row("a", words=text(7)), IngestConfig()))
+    assert len(keys) == band_shape(0.8, 128)[0] == 18
+    assert {len(bucket) + len(member) for bucket, member in keys} == {44}
+    assert {member[-28:] for _, member in keys} == {rank(row("a", words=text(7)))}
+
+
+def test_keys_of_one_member_are_no_groups_and_equal_groups_are_one() -> None:
+    names = [bytes([number]) * 28 for number in range(4)]
+    held = {b"a": names[:1], b"b": names[:2], b"c": names[1::-1], b"d": names[:3], b"e": names[3:]}
+    members = [key * 14 + name for key, listed in held.items() for name in listed]
+    found = dict(grouped((name, group) for name, (_, group) in _groups((b"..", members))))
+    pair, three = found[names[0]][0], found[names[2]][0]
+    assert pair != three
+    assert found == {names[0]: [pair, pair, three], names[1]: [pair, pair, three], names[2]: [three]}
+    shuffled = random.Random(0).sample(members, len(members))
+    assert sorted(_groups((b"..", shuffled))) == sorted(_groups((b"..", members)))
+    parts = (names[0], [(None, pair), (b"signature", None), (None, three), (None, pair)])
+    assert sorted(_members(parts)) == sorted((group, (names[0], b"signature")) for group in (pair, three))
+
+
+def test_pairs_are_those_of_bands_grouped_with_their_signatures() -> None:
+    """The plain way, on clusters of which one has more members than are compared with all."""
+    config, draws = IngestConfig(), random.Random(5)
+    rows = []
+    for number in range(40):
+        words = text(number // 25 + number % 3 * (number >= 25)).split()
+        words[draws.randrange(120)] = f"other{number}"
+        rows.append(row("0", words=" ".join(words))._replace(content_hash=f"{draws.getrandbits(128):032x}"))
+    bands = flat(lambda item: text_keys(item.text_signature, config.text_similarity), rows)
+    members = [(rank(item), item.text_signature) for item in rows for _ in range(len(bands) // len(rows))]
+    expected = {
+        (name, leader)
+        for _, group in grouped(zip(bands, members, strict=True))
+        for leader, other in sorted(group)[:16]
+        for name, signature in group
+        if leader < name and similarity(signature, other) >= config.text_similarity
+    }
+    assert len(expected) > 250
+    assert near_pairs(rows, config) == expected
 
 
 def test_chain_of_duplicates_is_one_component() -> None:

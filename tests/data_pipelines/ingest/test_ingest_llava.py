@@ -17,6 +17,7 @@ from hypothesis import strategies
 from data_pipelines.ingest import storage
 from data_pipelines.ingest.errors import IngestError, Skip
 from data_pipelines.ingest.readers import json_parts, pictures
+from data_pipelines.ingest.readers.registry import make_reader
 from data_pipelines.records import Record
 from tests.data_pipelines.ingest.raw_sources import picture, write_jsonl
 from tests.data_pipelines.ingest.test_ingest_readers import read_all, reasons
@@ -71,6 +72,25 @@ def test_part_that_is_no_json_is_damage_of_the_file(tmp_path: pathlib.Path) -> N
     (tmp_path / "x.json").write_bytes(b'[{"a": 0}, {broken}, {"a": 1}]')
     items = read_all(f"llava:{tmp_path}/x.json", per_unit="1")
     assert reasons(items) == ["missing_fields", "file_damaged", "missing_fields"]
+
+
+@pytest.mark.parametrize("more", ['[{"b": 1}]', ',{"b": 1}]', "null", "]", "\0"])
+@pytest.mark.parametrize("block", [5, 2**20])
+def test_what_follows_a_list_is_not_lost_in_silence(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, more: str, block: int
+) -> None:
+    monkeypatch.setattr(storage, "_BLOCK", block)
+    (tmp_path / "x.json").write_text(f'[{{"a": 0}}, {{"a": 1}}]\n\n {more}\n')
+    with pytest.raises(IngestError, match=r"x\.json goes on after its list, which ends before byte 20"):
+        make_reader(f"llava:{tmp_path}/x.json", {"per_unit": "1"}).units()
+    (tmp_path / "x.json").write_text('[{"a": 0}, {"a": 1}] \r\n\t\n')
+    assert len(make_reader(f"llava:{tmp_path}/x.json", {"per_unit": "1"}).units()) == 2
+
+
+def test_list_that_another_bracket_ends_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x.json").write_text('[{"a": 0}, {"a": 1}}')
+    with pytest.raises(IngestError, match="the list ends with '}'"):
+        json_parts.split(str(tmp_path / "x.json"), 1)
 
 
 def test_large_parts_end_early_and_large_entries_are_refused(
@@ -153,6 +173,19 @@ def read_names(location: str, names: Sequence[str]) -> list[str]:
         except Skip as skip:
             found.append(skip.reason)
     return found
+
+
+def test_names_of_folders_and_of_other_file_systems_are_counted(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "0.png").write_bytes(b"1")
+    (tmp_path / "x.zip").write_bytes(zip_of({"a::b": b"22"}))
+    names = ["sub", ".", "sub/", "0.png::zip", "zip::0.png", "0.png"]
+    expected = [*["not_a_file"] * 3, "path_outside", "path_outside", "1"]
+    assert read_names(str(tmp_path), names) == expected
+    assert read_names(f"{tmp_path}/x.zip,{tmp_path}", ["a::b"]) == ["2"]
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe_file("/folders/sub/0.png", b"1")
+    assert read_names("memory://folders", ["sub", "sub/0.png"]) == ["not_a_file", "1"]
 
 
 def test_hostile_and_damaged_archives(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,19 @@ def test_linked_picture_is_counted_with_its_caption(tmp_path: pathlib.Path) -> N
     assert reasons(read_all(f"webdataset:{path}")) == ["member_is_link"]
 
 
+def test_member_that_occurs_twice_is_counted(tmp_path: pathlib.Path) -> None:
+    """One record of two pictures and the last caption would be neither sample; damage of the file is not hidden by it."""
+    path = tmp_path / "x.tar"
+    write_tar(path, [0, 1, 1, 2])
+    items = read_all(f"webdataset:{path}")
+    assert [item.images for item in items if isinstance(item, Record)] == [(picture(0),), (picture(2),)]
+    assert reasons(items) == ["duplicate_member"]
+    assert items[1].failure
+    third = write_tar(path, [0, 1, 1])[-1]
+    path.write_bytes(path.read_bytes()[:third])
+    assert reasons(read_all(f"webdataset:{path}")) == ["file_damaged"]
+
+
 def test_pictures_are_in_the_order_of_their_numbers(tmp_path: pathlib.Path) -> None:
     """`webdataset.TarWriter` sorts the members of a sample as text."""
     webdataset = pytest.importorskip("webdataset")

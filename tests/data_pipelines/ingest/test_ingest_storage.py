@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import pathlib
+import re
+import resource
 import time
+from collections.abc import Callable, Iterator
 
 import fsspec
 import pytest
 
 from data_pipelines.ingest import storage
+from data_pipelines.ingest.errors import IngestError
+from data_pipelines.ingest.staging import open_staging
 
 
 def test_silent_store_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,13 +67,92 @@ def test_failed_write_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch: p
     storage.write_bytes(path, b"old")
 
     def full(self: pathlib.Path, data: bytes) -> int:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(storage.StorageError, match=f"cannot write {tmp_path}: .*No space left on device; make room"):
         storage.write_bytes(path, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_bytes() == b"old"
+
+
+@contextlib.contextmanager
+def room(limit: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the nearest to a full disk that a test can make."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_does_not_fit_is_said_whoever_writes_it(tmp_path: pathlib.Path) -> None:
+    from array_record.python import array_record_module
+
+    def by_arrays(path: pathlib.Path) -> None:
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        writer.write(os.urandom(2**13))
+        writer.close()
+
+    def by_python(path: pathlib.Path) -> None:
+        path.write_bytes(bytes(2**13))
+
+    def write(by: Callable[[pathlib.Path], None]) -> None:
+        with storage.new_directory(str(tmp_path)) as directory:
+            by(directory / "x")
+
+    for by in (by_python, by_arrays):
+        with room(2**12), pytest.raises(storage.StorageError, match=f"cannot write {tmp_path}: .*File too large"):
+            write(by)
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_work_are_not_called_writing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError), storage.new_directory(str(tmp_path)):
+        (tmp_path / "none").read_bytes()
+    with pytest.raises(RuntimeError, match="other"), storage.new_directory(str(tmp_path)):
+        raise RuntimeError("other")
+    with storage.new_directory(str(tmp_path)) as directory:
+        (directory / "x").touch()
+        with pytest.raises(storage.StorageError, match=f"cannot write {tmp_path}/none/x: FileNotFoundError"):
+            storage.publish(directory / "x", f"{tmp_path}/none/x")
+
+
+def test_directories_are_listed_by_their_names(tmp_path: pathlib.Path) -> None:
+    for name in ("set[1]", "a*", "b?"):
+        for directory in (str(tmp_path / name), f"memory://listed/{name}"):
+            assert storage.names_in(directory) == []
+            for file in ("y", "x"):
+                storage.write_bytes(f"{directory}/{file}", b"x")
+            assert storage.names_in(directory) == ["x", "y"]
+
+
+def test_lock_is_let_go_of_with_its_block(tmp_path: pathlib.Path) -> None:
+    directory = str(tmp_path / "new")
+    held = contextlib.ExitStack()
+    held.enter_context(storage.locked(directory))
+    with pytest.raises(storage.StorageError, match=f"{directory} is in use by process"):
+        contextlib.ExitStack().enter_context(storage.locked(directory))
+    held.close()
+    with storage.locked(directory), storage.locked("memory://locked"), storage.locked("memory://locked"):
+        pass
+
+
+def test_first_setting_that_differs_is_named(tmp_path: pathlib.Path) -> None:
+    settings = {"config": {"long": "x" * 300, "scorers": [{"name": "a"}, {"name": "b", "maximum": 1}]}, "name": "n"}
+    open_staging(str(tmp_path), settings)
+    open_staging(str(tmp_path), settings)
+    changed = json.loads(json.dumps(settings))
+    changed["config"]["scorers"][1]["maximum"] = 2
+    with pytest.raises(IngestError, match=re.escape("with another config.scorers[1].maximum (1, now 2); give")):
+        open_staging(str(tmp_path), changed)
+    changed["config"]["scorers"].pop()
+    with pytest.raises(IngestError, match=re.escape("with another config.scorers ([{")):
+        open_staging(str(tmp_path), changed)
+    del changed["config"]
+    with pytest.raises(IngestError, match=re.escape("with another config ({")):
+        open_staging(str(tmp_path), changed)
 
 
 def test_a_long_range_is_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
