@@ -89,6 +89,10 @@ class Exported:
         """The decoder's parameters, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
         return load_parts(self.source, (DECODER,))
 
+    def read_embedding(self) -> Mapping[str, Any]:
+        """The decoder's embedding alone. Raises `CheckpointError` when the checkpoint is gone by now."""
+        return load_parts(self.source, (DECODER,), "embedding")
+
     def read_encoder(self, branch: str) -> Mapping[str, Any]:
         """Tower and projector of a branch, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
         return load_parts(self.source, (vision_part(branch), projector_part(branch)))
@@ -198,7 +202,7 @@ def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], 
         vrc = made.vrc
         files["compressor"] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
     if settings.prefill:
-        files["embedder"] = lambda: _embedders(made.read_decoder(), settings, precision)
+        files["embedder"] = lambda: _embedders(made.read_embedding(), settings, precision)
         files["decoder"] = lambda: _decoders(made.read_decoder(), settings)
     return files
 

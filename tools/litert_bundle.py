@@ -127,7 +127,7 @@ def _decoders(made: Exported) -> list[Graph]:
 
 
 def _embedder(made: Exported, precision: Precision) -> Graph:
-    bits, params = precision.others, made.read_decoder()
+    bits, params = precision.others, made.read_embedding()
     table = None if bits is None else quantise(np.asarray(params[DECODER]["embedding"]), bits)
     return litert_graphs.embedder_graph(params, table)
 

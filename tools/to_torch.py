@@ -96,11 +96,16 @@ def open_source(checkpoint: str, step: int | None) -> Source:
     return Source(pathlib.Path(home), find_step(home, step), description, tokenizer)
 
 
-def load_parts(source: Source, parts: Sequence[str]) -> dict[str, Any]:
-    """Some parts of a checkpoint as float32 arrays on one device. Raises `CheckpointError` when they cannot be read."""
+def load_parts(source: Source, parts: Sequence[str], leaf: str | None = None) -> dict[str, Any]:
+    """Some parts of a checkpoint as float32 arrays on one device, or one leaf of each.
+
+    Raises `CheckpointError` when they cannot be read.
+    """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract, _ = abstract_parameters(source.config, RUNTIME)
-    targets = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    targets = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), abstract)
+    if leaf is not None:
+        targets = {part: {leaf: targets[part][leaf]} for part in parts}
     return load_params(source.home, targets, source.step, parts)
 
 

@@ -33,6 +33,9 @@ DESCRIPTION = "description"
 _CHUNK_BYTES = 64 * 2**20
 """Largest piece of an array that is compressed and written at a time: whole embeddings would be held twice as they are saved."""
 
+_READ_AT_ONCE_GB = 3
+"""Of parameters read alone: what is under way is held once more beside what has been read."""
+
 _SHARE = "Choose a --workdir on storage that all hosts share"
 
 
@@ -261,8 +264,9 @@ def load_params(
     wanted = {part: targets[part] for part in parts}
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_READ_AT_ONCE_GB))
     try:
-        return ocp.PyTreeCheckpointer().restore(absolute(directory) / str(step) / "params", args=args)
+        return reader.restore(absolute(directory) / str(step) / "params", args=args)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {step} in {directory} holds no parameters; give another --step") from error
     except (ValueError, KeyError) as error:
