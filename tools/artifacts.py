@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -92,20 +94,38 @@ def writing(output: str | pathlib.Path, needed: int = 0) -> Iterator[pathlib.Pat
     """
     target = check_output(output)
     temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # left behind by a process that was killed
     try:
-        temporary.mkdir(parents=True)
-        check_room(temporary, needed)
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
+        temporary.mkdir(parents=True, exist_ok=True)
+        with _alone(temporary):
+            try:
+                for left in temporary.iterdir():  # by a process that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                check_room(temporary, needed)
+                yield temporary
+                if target.exists():
+                    target.rmdir()
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except CheckpointError as error:
         raise ArtifactError(str(error)) from error
     except OSError as error:
         raise ArtifactError(f"{target} could not be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _alone(directory: pathlib.Path) -> Iterator[None]:
+    """Holds a lock on a directory, which ends with the process. Raises `ArtifactError` when another process has it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ArtifactError(
+            f"another process is writing {directory}; wait for it, or choose another --output"
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
 def source_of(checkpoint: epath.PathLike, step: int, description: Description) -> dict[str, Any]:

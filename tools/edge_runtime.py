@@ -64,9 +64,23 @@ def read_settings(manifest: Manifest, kind: str = KIND) -> EdgeSettings:
     if manifest.kind != kind:
         raise ArtifactError(f"this is an artifact for {manifest.kind!r}; only those of tools.export_{kind} run here")
     shapes = manifest.shapes
-    vrc = None if shapes["compressor"] is None else compressor_from_json(shapes["compressor"])
-    lists = (tuple(shapes[name]) for name in ("branches", "prefill"))
-    return EdgeSettings(from_json(manifest.source["architecture"]), vrc, *lists, shapes["slots"])
+    try:
+        vrc = None if shapes["compressor"] is None else compressor_from_json(shapes["compressor"])
+        lists = (tuple(shapes[name]) for name in ("branches", "prefill"))
+        return EdgeSettings(from_json(manifest.source["architecture"]), vrc, *lists, shapes["slots"])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"the manifest's shapes are damaged ({error}); export the checkpoint again") from error
+
+
+def checked(settings: EdgeSettings, signatures: Mapping[str, Signature]) -> Mapping[str, Signature]:
+    """The signatures. Raises `ArtifactError` when one that the settings promise is not there."""
+    decoder = {"decode", "embedder_1", f"embedder_{settings.prefill[-1]}"} if settings.prefill else set()
+    wanted = decoder | {f"prefill_{length}" for length in settings.prefill}
+    wanted |= {f"encoder_{branch}" for branch in settings.branches} | ({"compressor"} if settings.compressor else set())
+    missing = sorted(wanted - signatures.keys())
+    if missing:
+        raise ArtifactError(f"no file of this artifact holds {', '.join(missing)}; export the checkpoint again")
+    return signatures
 
 
 def open_signatures(directory: pathlib.Path, threads: int = THREADS) -> dict[str, Signature]:
@@ -214,4 +228,5 @@ class EdgeModel:
 def open_model(directory: pathlib.Path, threads: int = THREADS) -> EdgeModel:
     """The model of an artifact. Raises `ArtifactError` when it is none, or its parts cannot be run."""
     settings = read_settings(artifacts.read_manifest(directory))
-    return EdgeModel(settings, load_tokenizer(directory / TOKENIZER), open_signatures(directory, threads))
+    signatures = checked(settings, open_signatures(directory, threads))
+    return EdgeModel(settings, load_tokenizer(directory / TOKENIZER), signatures)

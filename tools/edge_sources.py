@@ -17,9 +17,10 @@ import numpy as np
 
 from data_pipelines.errors import RecordError
 from hypervl_jax.architecture import BRANCHES, DECODER, HyperVLConfig, projector_part, require, vision_part
-from hypervl_jax.models.compressor_io import SavedCompressor
+from hypervl_jax.models.compressor_io import SavedCompressor, predict_log_areas
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.vision.decoding import decode_image
+from hypervl_jax.vision.resolution import make_proxies
 from tools import artifacts, edge_graphs, evaluate, golden
 from tools.artifacts import Manifest
 from tools.edge_graphs import Graph
@@ -28,6 +29,7 @@ from tools.golden import Case, Golden
 from tools.quantisation import Precision, quantise
 from tools.to_torch import BOTH, Source, load_parts, open_source
 
+COMPRESSOR = "compressor"
 HELDOUT, TRAIN = "heldout", "train"
 ENCODER = "encoder"
 PARTS = (ENCODER, DECODER)
@@ -200,7 +202,7 @@ def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], 
     }
     if made.vrc is not None:
         vrc = made.vrc
-        files["compressor"] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
+        files[COMPRESSOR] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
     if settings.prefill:
         files["embedder"] = lambda: _embedders(made.read_embedding(), settings, precision)
         files["decoder"] = lambda: _decoders(made.read_decoder(), settings)
@@ -239,7 +241,7 @@ def finish(
         for branch, found in made.references.items()
         for key, value in golden.arrays(found, shown).items()
     }
-    artifacts.write_golden(home, arrays)
+    artifacts.write_golden(home, arrays | _golden_parts(made, shown))
     artifacts.write_json(home / artifacts.REPORT, report)
     preprocessing = {
         "tiling": dataclasses.asdict(tiling),
@@ -252,6 +254,23 @@ def finish(
     origin = artifacts.source_of(source.home, source.step, source.description)
     shapes, parity = {**made.settings.to_json(), **(target or {})}, report["parts"]
     artifacts.write_manifest(home, Manifest(kind, origin, shapes, dtype, preprocessing, versions, parity))
+
+
+def _golden_parts(made: Exported, shown: Sequence[Case]) -> dict[str, np.ndarray]:
+    """What JAX makes of single parts: visual tokens of the first picture, and the compressor's outputs for all pictures."""
+    images = [image for case in golden.cases(made.settings.config.tiling) for image in case.images]
+    first = next((case.name for case in shown if case.images), None)
+    branches = () if first is None else made.settings.branches
+    found = {f"{branch}/{first}/visual": made.references[branch][first].visual for branch in branches}
+    if made.vrc is None:
+        return found
+    proxies, sides = make_proxies(images, made.vrc.config.proxy_size)
+    areas = predict_log_areas(made.vrc.config, made.vrc.params, proxies)
+    return found | {
+        f"{COMPRESSOR}/proxy": proxies,
+        f"{COMPRESSOR}/longest_side": sides,
+        f"{COMPRESSOR}/log_area": areas,
+    }
 
 
 # Options that all exporters have.
@@ -283,7 +302,7 @@ def add_options(add: Callable[..., Any], precisions: Sequence[str]) -> None:
 
 def _list_of(names: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
-        found = tuple(part.strip() for part in text.split(",") if part.strip())
+        found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
         if set(found) - set(names) or not found:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(names)}")
         return found

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.errors import RecordError
+from experiments.stopping import terminate_as_interrupt
 from hypervl_jax.architecture import ConfigError, require
 from hypervl_jax.models.safetensors_files import CheckpointError
 from hypervl_jax.text.conversation import ConversationError
@@ -29,7 +30,7 @@ from tools.label_resolutions import ReportProgress, progress_line
 from tools.qnn_chips import EXTRA, SOCS, find_soc
 from tools.quantisation import QNN_PRECISIONS
 
-FAILURE, SUCCESS = 1, 0
+FAILURE, SUCCESS, INTERRUPTED = 1, 0, 130
 ROUTES = (ONNX, LITERT) = ("onnx", "litert")
 _DESCRIPTION = """\
 Writes a checkpoint as QNN contexts for the NPU of a Snapdragon: the encoder (vision tower and projector) of each branch, the
@@ -52,7 +53,8 @@ examples:
   python -m tools.verify_artifact exports/qnn
 
 exit status:
-  0  written, and compared with JAX    1  it cannot be written, or float32 differs from JAX    2  wrong usage
+  0  written, and compared with JAX    1  it cannot be written, or float32 differs from JAX
+  2  wrong usage                       130  stopped; nothing was written
 """
 
 
@@ -144,11 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         find_soc(options.soc)
-        with progress_line() as progress:
+        with terminate_as_interrupt(), progress_line() as progress:
             reports = (_by_litert if options.route == LITERT else _by_onnx)(options, progress)
     except (ArtifactError, CheckpointError, ConfigError, ConversationError, RecordError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     if options.json:
         print(json.dumps(reports))
     elif options.route == LITERT:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipelines.errors import RecordError
+from experiments.stopping import terminate_as_interrupt
 from hypervl_jax.architecture import BRANCHES, ConfigError, require
 from hypervl_jax.models.compressor_io import load_compressor
 from hypervl_jax.models.safetensors_files import CheckpointError
@@ -34,7 +35,7 @@ from tools.edge_sources import PARTS, Exported, Request, part_graphs
 from tools.label_resolutions import ReportProgress, progress_line
 from tools.quantisation import PRECISIONS, Precision
 
-FAILURE, SUCCESS = 1, 0
+FAILURE, SUCCESS, INTERRUPTED = 1, 0, 130
 CALIBRATED_AS = {"compressor": "float32", "embedder": "int8"}
 """Parts of a calibrated artifact that are not calibrated: a small network that decides on α, and a table."""
 
@@ -74,7 +75,8 @@ examples:
   python -m tools.run_tflite exports/tflite/int8 --image picture.png --question "What is in the picture?"
 
 exit status:
-  0  written, and compared with JAX    1  it cannot be written, or float32 differs from JAX    2  wrong usage
+  0  written, and compared with JAX    1  it cannot be written, or float32 differs from JAX
+  2  wrong usage                       130  stopped; nothing was written
 """
 
 
@@ -270,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parse(arguments)
     try:
-        with progress_line() as progress:
+        with terminate_as_interrupt(), progress_line() as progress:
             reports = export(
                 options.checkpoint,
                 options.output,
@@ -290,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, CheckpointError, ConfigError, ConversationError, RecordError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     if options.json:
         print(json.dumps(reports))
     else:

@@ -18,7 +18,7 @@ from hypervl_jax.text.tokenizer import load_tokenizer
 from tools import artifacts, edge_calibration, edge_parity, edge_sources, onnx_files, qnn_contexts
 from tools.artifacts import ArtifactError
 from tools.edge_graphs import Graph
-from tools.edge_runtime import TOKENIZER, EdgeModel, Signature, read_settings
+from tools.edge_runtime import TOKENIZER, EdgeModel, Signature, checked, read_settings
 from tools.edge_sources import PARTS, Exported, Request, part_graphs
 from tools.label_resolutions import ReportProgress
 from tools.onnx_graphs import OnnxGraph, onnx_graph
@@ -230,4 +230,4 @@ def open_signatures(directory: pathlib.Path) -> dict[str, Signature]:
 def open_model(directory: pathlib.Path) -> EdgeModel:
     """The model of an artifact. Raises `ArtifactError` when it is none, or its parts cannot be run."""
     settings = read_settings(artifacts.read_manifest(directory), KIND)
-    return EdgeModel(settings, load_tokenizer(directory / TOKENIZER), open_signatures(directory))
+    return EdgeModel(settings, load_tokenizer(directory / TOKENIZER), checked(settings, open_signatures(directory)))

@@ -65,7 +65,8 @@ def _write(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path, bits: Bits
     settings.strict_qdq_mode = any(isinstance(value, _Integers) for value in bound.values())
     with context:
         api.run_convert_to_tfl_passes(module, passmanager.PassManager(), settings)
-        api.export_flatbuffer_to_file(module.operation, str(path))
+        # Not to a file: a disk that is full would end the process there.
+        path.write_bytes(api.export_flatbuffer_to_bytes(module.operation))
     return settings.strict_qdq_mode
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hypervl_jax
+from experiments.stopping import terminate_as_interrupt
 from hypervl_jax.architecture import BRANCHES, ConfigError, HyperVLConfig, branch_parts, require
 from hypervl_jax.models.compressor_io import DESCRIPTION as COMPRESSOR_DESCRIPTION
 from hypervl_jax.models.compressor_io import WEIGHTS as COMPRESSOR_WEIGHTS
@@ -43,7 +44,7 @@ from tools.golden import RUNTIME, Case
 from tools.huggingface_files import FORMATS, Format
 from tools.label_resolutions import ReportProgress, progress_line
 
-FAILURE, SUCCESS = 1, 0
+FAILURE, SUCCESS, INTERRUPTED = 1, 0, 130
 BOTH = "both"
 KIND = "torch"
 COMPRESSOR, CODE, SETTINGS = "compressor", "code", "hypervl.json"
@@ -67,7 +68,8 @@ examples:
   python -m tools.verify_artifact exports/base
 
 exit status:
-  0  written, and equal to JAX    1  it cannot be written, or differs from JAX    2  wrong usage
+  0  written, and equal to JAX    1  it cannot be written, or differs from JAX
+  2  wrong usage                       130  stopped; nothing was written
 """
 
 
@@ -439,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = parse(arguments)
     try:
-        with progress_line() as progress:
+        with terminate_as_interrupt(), progress_line() as progress:
             reports = export(
                 options.checkpoint,
                 options.output,
@@ -454,6 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, CheckpointError, ConfigError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return INTERRUPTED
     if options.json:
         print(json.dumps(reports))
     else:

@@ -20,9 +20,12 @@ from hypervl_jax.architecture import DECODER
 from hypervl_jax.inference.assistant import ask
 from tools import artifacts, edge_runtime, to_torch
 from tools.artifacts import MANIFEST, ArtifactError, Manifest
+from tools.edge_parity import snr
 from tools.edge_runtime import EdgeModel
+from tools.edge_sources import COMPRESSOR
 from tools.qnn_chips import EXTRA
 from tools.qnn_chips import KIND as QNN
+from tools.qnn_litert import KIND as LITERT_QNN
 
 FAILURE, SUCCESS = 1, 0
 
@@ -34,6 +37,9 @@ examples:
 exit status:
   0  all as the manifest says    1  something differs or cannot be read    2  wrong usage
 """
+
+SNR_SLACK = 15.0
+"""dB. The golden pictures are one or two of those in the manifest's ratio, and a compressor's output is one number a picture."""
 
 TOKEN_SLACK = 0.1
 """The golden prompts are a few of those in the manifest. A file that computes something else has no likeliest token right."""
@@ -66,20 +72,41 @@ def run_qnn(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np
 
 
 def run_edge(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """How often an artifact's likeliest next token is JAX's, along JAX's own answers to the golden prompts, from pixels on.
+    """Each part alone on its golden inputs, and how often the likeliest next token is JAX's, along JAX's answers, from pixels on.
 
     Returns:
-        For each branch, or for a decoder alone, "top1", "of" and "passed": no share below what the manifest says, less `TOKEN_SLACK`.
+        For each encoder and the compressor "snr_db" and "passed"; for each branch with a decoder, or for a decoder alone, "top1", "of" and
+        "passed". Nothing may be worse than the manifest says, less `SNR_SLACK` and `TOKEN_SLACK`.
     """
     settings = model.settings
-    if not settings.prefill:
-        return {manifest.kind: "not run: golden answers take a decoder"}
-    if not settings.branches:
-        return {DECODER: _along(model, manifest, golden, DECODER, _share(manifest, DECODER, "top1"))}
-    return {
-        name: _along(model, manifest, golden, branch, _share(manifest, name, "tokens_equal"))
-        for branch, name in ((branch, f"answer_{branch}") for branch in settings.branches)
-    }
+    found = {f"encoder_{branch}": _encoder(model, manifest, golden, branch) for branch in settings.branches}
+    if settings.compressor is not None:
+        found[COMPRESSOR] = _compressor(model, manifest, golden)
+    if settings.prefill and not settings.branches:
+        found[DECODER] = _along(model, manifest, golden, DECODER, _share(manifest, DECODER, "top1"))
+    for branch in settings.branches if settings.prefill else ():
+        name = f"answer_{branch}"
+        found[name] = _along(model, manifest, golden, branch, _share(manifest, name, "tokens_equal"))
+    return found
+
+
+def _encoder(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray], branch: str) -> dict[str, Any]:
+    (key,) = (key for key in golden if key.startswith(f"{branch}/") and key.endswith("/visual"))
+    found = model.encode(golden[key.replace("/visual", "/tiles")], branch)
+    return _near(manifest, f"encoder_{branch}", golden[key], found)
+
+
+def _compressor(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    proxies, sides = (golden[f"{COMPRESSOR}/{name}"].astype(np.float32) for name in ("proxy", "longest_side"))
+    run = model.signatures[COMPRESSOR]
+    each = [run(proxy=proxy[None] / 255, longest_side=side[None]) for proxy, side in zip(proxies, sides, strict=True)]
+    areas = np.concatenate([one["log_area"] for one in each])
+    return _near(manifest, COMPRESSOR, golden[f"{COMPRESSOR}/log_area"], areas)
+
+
+def _near(manifest: Manifest, part: str, expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    ratio = snr(expected, found)
+    return {"snr_db": ratio, "passed": ratio >= manifest.parity[part]["snr_db"] - SNR_SLACK}
 
 
 def _share(manifest: Manifest, part: str, figure: str) -> float:
@@ -99,6 +126,8 @@ def _along(
         for token in golden[f"{start}/generated"]:
             equal, compared = equal + int(scores.argmax() == token), compared + 1
             scores = model.step(cache, int(token))
+    if not compared:
+        raise ArtifactError("the manifest names no golden prompts; export the checkpoint again")
     passed = equal / compared >= said - TOKEN_SLACK
     return {"top1": equal, "of": compared, "passed": passed}
 
@@ -106,16 +135,22 @@ def _along(
 RUNTIMES: dict[str, Run] = {to_torch.KIND: run_torch, edge_runtime.KIND: run_tflite, QNN: run_qnn}
 """How artifacts of each kind are run. An exporter of another kind adds its own."""
 
+ELSEWHERE = (LITERT_QNN,)
+"""Kinds that run on no machine of ours."""
+
 
 def artifacts_in(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The directory itself, or those of its subdirectories that are artifacts. Raises `ArtifactError` when there is none."""
+    """The directory itself, or its subdirectories. Raises `ArtifactError` when one of them is no artifact."""
     if (directory / MANIFEST).exists():
         return [directory]
-    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
-    if not found:
+    found = sorted(path for path in directory.glob("*/") if not path.name.startswith("."))
+    without = [path.name for path in found if not (path / MANIFEST).exists()]
+    if len(without) == len(found):
         raise ArtifactError(
             f"{directory} holds no {MANIFEST}, nor does a directory in it: there is no artifact to check"
         )
+    if without:
+        raise ArtifactError(f"{directory} holds artifacts, and {', '.join(without)} with no {MANIFEST}")
     return found
 
 
@@ -137,8 +172,13 @@ def verify(directory: pathlib.Path, run: bool = True) -> dict[str, Any]:
         "ran": "not run",
     }
     runtime = RUNTIMES.get(manifest.kind)
+    if runtime is None and manifest.kind not in ELSEWHERE:
+        problems.append(f"this code knows no artifacts of kind {manifest.kind!r}")
     if run and not problems and runtime is not None:
-        report["ran"] = runtime(directory, manifest, artifacts.read_golden(directory))
+        try:
+            report["ran"] = runtime(directory, manifest, artifacts.read_golden(directory))
+        except KeyError as error:
+            raise ArtifactError(f"{directory}: manifest or golden arrays lack {error}; export again") from error
         found = [name for name, part in report["ran"].items() if isinstance(part, dict) and not part["passed"]]
         problems += [f"{name} no longer gives the golden outputs" for name in found]
     return report | {"passed": not problems}
@@ -155,6 +195,8 @@ def line(report: Mapping[str, Any]) -> str:
 def _outcome(found: Any) -> str:
     if isinstance(found, str):
         return found
+    if "snr_db" in found:
+        return f"run, {found['snr_db']:.1f} dB"
     return f"run, {found['top1']} of {found['of']} tokens" if "top1" in found else "run"
 
 

@@ -9,7 +9,7 @@ import pytest
 from tools import artifacts, verify_artifact
 from tools.artifacts import ArtifactError, Manifest
 
-EMPTY = Manifest("other", {}, {}, "float32", {}, {}, {})
+EMPTY = Manifest("litert-qnn", {}, {}, "float32", {}, {}, {})
 
 
 @pytest.fixture
@@ -31,7 +31,10 @@ def check(path: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
 
 
 def test_an_artifact_is_as_its_manifest_says(artifact: Path, capsys: pytest.CaptureFixture) -> None:
-    assert check(artifact, capsys) == (0, f"{artifact}: other, 3 files, golden outputs not run: as the manifest says\n")
+    assert check(artifact, capsys) == (
+        0,
+        f"{artifact}: litert-qnn, 3 files, golden outputs not run: as the manifest says\n",
+    )
     assert sorted(artifacts.read_manifest(artifact).files) == ["code/run.py", "golden.safetensors", "weights"]
     np.testing.assert_array_equal(artifacts.read_golden(artifact)["x"], np.arange(6.0).reshape(2, 3).T)
 
@@ -81,8 +84,8 @@ def test_several_artifacts_are_checked_one_by_one(artifact: Path, tmp_path: Path
         artifacts.write_manifest(home, EMPTY)
     status, said = check(tmp_path, capsys)
     assert status == 1
-    assert "made: other, 3 files, golden outputs not run: weights has other content" in said
-    assert "sound: other, 0 files, golden outputs not run: as the manifest says" in said
+    assert "made: litert-qnn, 3 files, golden outputs not run: weights has other content" in said
+    assert "sound: litert-qnn, 0 files, golden outputs not run: as the manifest says" in said
 
 
 def write_half(output: Path) -> None:

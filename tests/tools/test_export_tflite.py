@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import resource
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 from PIL import Image
 
 from hypervl_jax.inference.assistant import Options, ask, load_assistant
+from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
 from hypervl_jax.vision.pixels import normalise_pixels
-from tests.tools.runs import CONFIG, write_run
-from tools import artifacts, export_tflite, run_tflite, verify_artifact
+from tests.tools.runs import CONFIG, random_like, write_run
+from tools import artifacts, edge_runtime, export_tflite, run_tflite, verify_artifact
 from tools.edge_calibration import MOST_FEEDS, Recorder
 from tools.edge_parity import snr
 from tools.edge_runtime import open_signatures
@@ -37,7 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path) -> tuple[Path, dict]:
     output = run / "tflite"
-    sizes = {"prefill": (16, 64), "slots": 256}
+    save_compressor(run / "compressor", CONFIG.compressor, random_like(abstract_compressor(CONFIG.compressor)), {})
+    sizes = {"prefill": (16, 64), "slots": 256, "compressor": str(run / "compressor")}
     return output, export_tflite.export(str(run), str(output), precisions=("float32", "int8", "int4"), **sizes)
 
 
@@ -84,7 +89,7 @@ def test_the_runner_answers_as_the_assistant_does(
     image = picture(100, 150, 3)
     Image.fromarray(image).save(run / "picture.png")
     call = [str(exported[0] / "float32"), "--image", str(run / "picture.png"), "--question", QUESTION, "--json"]
-    assert run_tflite.main([*call, "--max-new-tokens", "12"]) == 0
+    assert run_tflite.main([*call, "--alpha", "1", "--max-new-tokens", "12"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     (expected,) = load_assistant(run / "checkpoints").answer([ask(QUESTION, image)], Options(max_new_tokens=12))
     assert found["answer"] == expected.text
@@ -124,6 +129,81 @@ def test_a_prompt_that_does_not_fit_the_cache_is_named(
     assert export_tflite.main(arguments) == 1
     assert "slots of the cache; give --slots" in capsys.readouterr().err
     assert not output.exists()
+
+
+@NEEDS_CONVERTER
+def test_each_part_is_run_again_on_its_golden_inputs(exported: tuple[Path, dict]) -> None:
+    """The graphs of one precision, checked against what the manifest of another says, are other graphs."""
+    float32, int4 = exported[0] / "float32", exported[0] / "int4"
+    ran = verify_artifact.verify(float32)["ran"]
+    assert set(ran) == {"encoder_base", "compressor", "answer_base"}
+    assert all(part["passed"] for part in ran.values())
+    manifest, golden = artifacts.read_manifest(float32), artifacts.read_golden(float32)
+    other = verify_artifact.run_edge(edge_runtime.open_model(int4), manifest, golden)
+    assert not other["encoder_base"]["passed"]
+    assert not other["compressor"]["passed"]
+
+
+@NEEDS_CONVERTER
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda values: values.update(kind="foo"), "no artifacts of kind 'foo'"),
+        (lambda values: values.update(shapes={}), "shapes are damaged"),
+        (lambda values: values["parity"].pop("answer_base"), "lack 'answer_base'"),
+        (lambda values: values["preprocessing"].update(prompts=[]), "no golden prompts"),
+    ],
+)
+def test_a_manifest_that_says_something_else_does_not_pass(
+    exported: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable, said: str
+) -> None:
+    copy = shutil.copytree(exported[0] / "int8", tmp_path / "int8")
+    values = json.loads((copy / "manifest.json").read_text())
+    change(values)
+    (copy / "manifest.json").write_text(json.dumps(values))
+    assert verify_artifact.main([str(copy)]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+
+
+@NEEDS_CONVERTER
+def test_a_lost_manifest_and_a_lost_file_are_named(
+    exported: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(exported[0], tmp_path / "all")
+    (copy / "int4" / "manifest.json").unlink()
+    assert verify_artifact.main([str(copy), "--hashes-only"]) == 1
+    assert "int4 with no manifest.json" in capsys.readouterr().err
+    (copy / "int8" / "decoder.tflite").unlink()
+    assert run_tflite.main([str(copy / "int8"), "--question", "Why?"]) == 1
+    assert "no file of this artifact holds decode, prefill_16, prefill_64" in capsys.readouterr().err
+
+
+@NEEDS_CONVERTER
+def test_a_file_that_cannot_grow_is_an_error_of_the_system(run: Path, tmp_path: Path) -> None:
+    """The converter's own writer would end the process."""
+    made = read(Request(str(run), None, ("encoder",), "base", None, (16,), 256, None, 0, 0, ()))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export_tflite.converter().convert(
+                part_graphs(made, PRECISIONS["float32"])["encoder_base"], tmp_path / "x.tflite"
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_two_exports_to_one_place_are_kept_apart(tmp_path: Path) -> None:
+    with artifacts.writing(tmp_path / "out") as first:
+        (first / "file").write_text("")
+        with (
+            pytest.raises(artifacts.ArtifactError, match="another process is writing"),
+            artifacts.writing(tmp_path / "out"),
+        ):
+            pass
+        assert (first / "file").exists()
+    assert (tmp_path / "out" / "file").exists()
 
 
 @NEEDS_CONVERTER
