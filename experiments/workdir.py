@@ -9,14 +9,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from data_pipelines.locks import InUse, lock_file
 from experiments.config import ExperimentConfig
 from experiments.overrides import flatten
 from hypervl_jax.architecture import ConfigError, require
@@ -115,20 +113,12 @@ def lock(workdir: pathlib.Path) -> None:
     Where the storage knows no locks, as buckets do not, nothing is kept out. Raises `ConfigError` when another process is at work.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / LOCK).open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
+        _locks.append(lock_file(workdir / LOCK))
+    except InUse as error:
         raise ConfigError(
-            f"{workdir} is in use by {file.read().strip() or 'another process'}: wait for it, end it, or choose another --workdir"
+            f"{workdir} is in use by {error}: wait for it, end it, or choose another --workdir"
         ) from error
-    except OSError:
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    _locks.append(file)
 
 
 def claim(workdir: pathlib.Path, config: ExperimentConfig) -> None:

@@ -10,23 +10,22 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import pathlib
-import platform
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO, TypeVar
+from typing import TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from data_pipelines.ingest.errors import IngestError
+from data_pipelines.locks import InUse, lock_file
 
 CALL_SECONDS = float(os.environ.get("HYPERVL_STORAGE_TIMEOUT", "60"))
 """Time limit of one remote call: an open, a listing, a block of a copy."""
@@ -308,27 +307,17 @@ def locked(directory: str) -> Iterator[None]:
     if not is_local(directory):
         yield
         return
+    place = pathlib.Path(_filesystem(directory)[1])
     with _writing(directory):
-        os.makedirs(_filesystem(directory)[1], exist_ok=True)
-        file = open(join(_filesystem(directory)[1], _LOCK), "a+")  # noqa: SIM115 - closed by the next block
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock_file(place / _LOCK)
+        except InUse as error:
+            raise StorageError(
+                f"{directory} is in use by {error}: wait for it, end it, or name another place"
+            ) from error
     with file:
-        _lock(file, directory)
         yield
-
-
-def _lock(file: TextIO, directory: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise StorageError(
-            f"{directory} is in use by {file.read().strip() or 'another process'}: wait for it, end it, or name another place"
-        ) from error
-    except OSError:
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
 
 
 def remove_unfinished(destination: str) -> None:
