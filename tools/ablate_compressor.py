@@ -54,7 +54,7 @@ from hypervl_jax.training.checkpoint import checkpoint_home
 from hypervl_jax.training.compression import (
     DEFAULT_FLOOR,
     RATIOS,
-    increase_at,
+    at_alpha,
     loss_curves,
     optimal_ratio,
     relative_increase,
@@ -263,7 +263,7 @@ class Ablation:
         way = self.measurer.measure(name, study.VRC, name, vrc_alphas(saved, areas, self.asked))
         others = self.matched(name, way, seen)
         best = oracle(self.grid, name, self.asked, epsilon, self.options.floor)
-        over = increase_at(self.increases, way.alphas) > epsilon
+        over = at_alpha(self.increases, way.alphas) > epsilon
         dense = study.dense_items(seen.edges)
         return {
             "name": name,

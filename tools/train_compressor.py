@@ -41,7 +41,6 @@ from hypervl_jax.training.compression import (
     is_blind_guess,
     longest_sides,
     loss_curves,
-    relative_increase,
 )
 from hypervl_jax.training.compressor_training import (
     LOSSES,
@@ -184,7 +183,7 @@ def make_lesson(
         proxies,
         compressor_targets(labels, epsilon, floor, proxy_size),
         longest_sides(labels),
-        relative_increase(loss_curves(labels), floor).astype(np.float32),
+        loss_curves(labels).astype(np.float32),
     )
 
 
@@ -266,7 +265,7 @@ def _write_table(path: pathlib.Path, hashes: Sequence[str], alphas: Sequence[flo
 
 _DESCRIPTION = """\
 Trains the compressor (VRC) on labels made by `python -m tools.label_resolutions`, calibrates it on pictures kept out of
-training so that at most --allowed-increase is lost, and saves it with the calibration inside."""
+training so that at most --allowed-loss is lost, and saves it with the calibration inside."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,7 +340,7 @@ _NUMBERS = {
     "batch_size": "images a step",
     "learning_rate": "its highest value",
     "over_compression_weight": "how much worse too small an area is than too large a one",
-    "allowed_increase": "mean relative loss increase that calibration allows",
+    "allowed_loss": "share of the right answers' chance that calibration allows to lose",
     "seed": "of parameters and order",
 }
 """Settings of `CompressorTrainConfig` that are flags, and what they are."""
@@ -358,7 +357,7 @@ def _print_report(report: TrainReport, output: str) -> None:
         title_justify="left",
     )
     table.add_column("task", no_wrap=True)
-    headings = ("images", "α", "α*", "tokens", "tiles", "rank", "Δ > ε", "mean Δ")
+    headings = ("images", "α", "α*", "tokens", "tiles", "rank", "Δ > ε", "lost")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for task, row in report.metrics.items():
@@ -370,7 +369,7 @@ def _print_report(report: TrainReport, output: str) -> None:
         )
         correlation = "" if row.rank_correlation is None else f"{row.rank_correlation:.2f}"
         table.add_row(
-            task, f"{row.images:,}", *means, correlation, f"{row.over_compressed:.0%}", f"{row.mean_increase:.3f}"
+            task, f"{row.images:,}", *means, correlation, f"{row.over_compressed:.0%}", f"{row.chance_lost:.1%}"
         )
     Console().print(table)
     print(f"calibration bias {report.calibration_bias:+.2f}; compressor in {output}")

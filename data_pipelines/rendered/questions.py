@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data_pipelines.records import PARAPHRASE_SEPARATOR, Record
 from data_pipelines.rendered import charts, digits, documents, scenes
-from data_pipelines.rendered.pictures import FRAMINGS, HELD_OUT, Question, choose_questions, item_random
+from data_pipelines.rendered.pictures import FRAMINGS, HELD_OUT, Question, choose_questions, item_random, reweighted
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 
 TASKS = {"digits": digits, "documents": documents, "charts": charts, "scenes": scenes}
@@ -18,9 +18,10 @@ def question_record(split: str, task: str, index: int, sizes: str = "demo") -> R
     `PARAPHRASE_SEPARATOR`), `kind`, `level`; and of the picture: `scale`, its pixels per unit of detail.
     """
     rng = item_random(split, task, index)
-    picture = TASKS[task].draw(rng, split, framing=FRAMINGS[sizes][task])
+    framing = FRAMINGS[sizes][task]
+    picture = TASKS[task].draw(rng, split, framing=framing)
     count = 1 if split == HELD_OUT else rng.randint(2, 4)
-    questions = choose_questions(rng, picture.questions, count)
+    questions = choose_questions(rng, reweighted(picture.questions, framing.asked), count)
     metadata = {**_tags(questions[-1]), "scale": picture.scale}
     return Record((picture.image,), _turns(questions), task, task=task, metadata=metadata)
 

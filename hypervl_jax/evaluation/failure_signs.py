@@ -30,7 +30,7 @@ def over_compression(way: str, change: Estimate, items: int, allowed: float = MO
         return []
     return [
         f"over-compression: {way} changes the score on the {items} images with the most edges by {percent(change, signed=True)} points, "
-        f"at most −{100 * allowed:g} is allowed; calibrate with a smaller --allowed-increase, or train with a larger "
+        f"at most −{100 * allowed:g} is allowed; calibrate with a smaller --allowed-loss, or train with a larger "
         "--over-compression-weight"
     ]
 

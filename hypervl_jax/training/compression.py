@@ -85,21 +85,23 @@ def optimal_ratio(losses: Float[np.ndarray, "... 10"], epsilon: float, floor: fl
     return np.asarray(RATIOS)[len(RATIOS) - qualified]
 
 
-def increase_at(increases: Float[np.ndarray, "n 10"], alphas: Float[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
-    """Δ of each image at its own α in [0.1, 1], linear between `RATIOS`."""
+def at_alpha(curves: Float[np.ndarray, "n 10"], alphas: Float[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    """L (or Δ) of each image at its own α in [0.1, 1], linear between `RATIOS`."""
     position = np.clip(np.asarray(alphas, np.float64) * len(RATIOS) - 1, 0, len(RATIOS) - 1)
     lower = np.minimum(position.astype(int), len(RATIOS) - 2)
     images, share = np.arange(len(lower)), position - lower
-    return (1 - share) * increases[images, lower] + share * increases[images, lower + 1]
+    return (1 - share) * curves[images, lower] + share * curves[images, lower + 1]
 
 
-def mean_increase(increases: Float[np.ndarray, "n 10"], alphas: Float[np.ndarray, "n"]) -> float:
-    """Mean of Δ at each image's α, each image's clipped to [0, 1]: near to the share of answers that compression costs.
+def chance_lost(curves: Float[np.ndarray, "n 10"], alphas: Float[np.ndarray, "n"]) -> float:
+    """1 − Σ exp(−L(α)) / Σ exp(−L(1)), each image at its own α: the share of the right answers' chance that compression costs.
 
-    Without the clip one image whose loss grows fiftyfold would decide alone; an image cannot lose more than its answer, and
-    one that improves does not make good another's loss.
+    exp(−L) is the geometric mean of an answer's token probabilities. Unlike a mean of Δ it is not ruled by images whose answer was
+    certain or is lost anyway, and like a score it counts an image once: what some gain makes good what others lose, so noise
+    in L(α) does not pass for a cost.
     """
-    return float(np.clip(increase_at(increases, alphas), 0.0, 1.0).mean())
+    full = np.exp(-np.asarray(curves, np.float64)[:, -1]).sum()
+    return float(1 - np.exp(-at_alpha(curves, alphas)).sum() / full)
 
 
 def loss_curves(labels: Sequence[ResolutionLabel]) -> Float64[np.ndarray, "n 10"]:
@@ -199,7 +201,7 @@ class CompressorMetrics:
         tokens_saved, tiles_saved: shares of the visual tokens and of the encoder's tiles at α = 1.
         rank_correlation: Spearman's, between α and α*; None where one of them is constant.
         over_compressed: share of images with Δ(α) > ε.
-        mean_increase: see `mean_increase`.
+        chance_lost: see `chance_lost`.
     """
 
     images: int
@@ -209,7 +211,7 @@ class CompressorMetrics:
     tiles_saved: float
     rank_correlation: float | None
     over_compressed: float
-    mean_increase: float
+    chance_lost: float
 
 
 def compressor_metrics(
@@ -244,8 +246,8 @@ def _metrics(
         tokens_saved=float(saved[0]),
         tiles_saved=float(saved[1]),
         rank_correlation=rank_correlation(alphas, best),
-        over_compressed=float((increase_at(increases, alphas) > epsilon).mean()),
-        mean_increase=mean_increase(increases, alphas),
+        over_compressed=float((at_alpha(increases, alphas) > epsilon).mean()),
+        chance_lost=chance_lost(curves, alphas),
     )
 
 

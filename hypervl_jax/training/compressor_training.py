@@ -23,7 +23,7 @@ from hypervl_jax.architecture import CompressorConfig, require
 from hypervl_jax.models.compressor import Compressor
 from hypervl_jax.models.compressor_io import predict_log_areas, shift_output
 from hypervl_jax.models.mobilenet_weights import with_backbone
-from hypervl_jax.training.compression import RATIOS, mean_increase
+from hypervl_jax.training.compression import RATIOS, chance_lost
 from hypervl_jax.vision.resolution import MAX_ALPHA, MIN_ALPHA, alpha_from_prediction, prediction_from_alpha
 
 
@@ -44,7 +44,7 @@ class CompressorTrainConfig:
         huber_delta: where the Huber loss turns from square to linear, in units of the log of the area.
         ordinal_scale: width of the ordinal loss's steps, in the same units; neighbouring ratios lie 0.1 to 0.7 apart.
         validation_share: share of the distinct pictures that are kept out of training, for choosing the step and calibration.
-        allowed_increase: `mean_increase` that calibration allows; by default the paper's cost, 98.7 % of the score left.
+        allowed_loss: `chance_lost` that calibration allows; by default the paper's cost, 98.7 % of the score left.
         evaluate_every: steps between validations; the parameters with the least validation loss are kept.
         seed: of parameters and order.
     """
@@ -59,7 +59,7 @@ class CompressorTrainConfig:
     huber_delta: float = 0.5
     ordinal_scale: float = 0.2
     validation_share: float = 0.2
-    allowed_increase: float = 0.013
+    allowed_loss: float = 0.013
     evaluate_every: int = 30
     seed: int = 0
 
@@ -72,7 +72,7 @@ class CompressorTrainConfig:
             0 < self.validation_share < 1,
             f"compressor validation_share {self.validation_share} must lie between 0 and 1",
         )
-        require(self.allowed_increase >= 0, f"compressor allowed_increase {self.allowed_increase} must not be negative")
+        require(self.allowed_loss >= 0, f"compressor allowed_loss {self.allowed_loss} must not be negative")
 
 
 def _direction_weight(residual: Array, config: CompressorTrainConfig) -> Array:
@@ -150,13 +150,13 @@ def censored_residual(
 class Lesson(NamedTuple):
     """Images to learn from, in host or device memory.
 
-    `increases` is Δ at `RATIOS`, which calibration needs; `longest_sides` are in pixels.
+    `curves` are L(α) at `RATIOS`, nats, which calibration needs; `longest_sides` are in pixels.
     """
 
     proxies: UInt8[Any, "n s s 3"]
     targets: Float32[Any, "n"]
     longest_sides: Float32[Any, "n"]
-    increases: Float32[Any, "n 10"]
+    curves: Float32[Any, "n 10"]
 
     def part(self, chosen: Any) -> Lesson:
         """The images that a mask or an array of indices chooses."""
@@ -229,7 +229,7 @@ def train_compressor(
             best, least = trainer.params, loss_held_out
         progress(steps, settings.steps)
     outputs = predict_log_areas(config, best, held_out.proxies)
-    bias = calibration_bias(outputs, held_out, settings.allowed_increase, config.proxy_size)
+    bias = calibration_bias(outputs, held_out, settings.allowed_loss, config.proxy_size)
     return TrainedCompressor(shift_output(best, bias), history, bias, validation)
 
 
@@ -298,16 +298,16 @@ _BIAS_STEP = 0.02
 
 
 def calibration_bias(outputs: Float[np.ndarray, "n"], lesson: Lesson, allowed: float, proxy_size: int) -> float:
-    """The smallest bias such that with it and every larger one `mean_increase` is at most `allowed`.
+    """The smallest bias such that with it and every larger one `chance_lost` is at most `allowed`.
 
-    At the largest bias tried every image is whole and Δ is 0, so there always is one. It may be negative: then the
+    At the largest bias tried every image is whole and nothing is lost, so there always is one. It may be negative: then the
     predictions kept more than was asked for.
     """
     bottom, top = (prediction_from_alpha(alpha, lesson.longest_sides, proxy_size) for alpha in (MIN_ALPHA, MAX_ALPHA))
     smallest = float(np.max(top - outputs)) + _BIAS_STEP
     for bias in np.arange(smallest, float(np.min(bottom - outputs)), -_BIAS_STEP):
         alphas = alpha_from_prediction(outputs + bias, lesson.longest_sides, proxy_size)
-        if mean_increase(lesson.increases, alphas) > allowed:
+        if chance_lost(lesson.curves, alphas) > allowed:
             break
         smallest = float(bias)
     return smallest

@@ -83,8 +83,10 @@ def test_the_study_draws_the_same_tasks_at_three_resolutions_and_size_does_not_t
     drawn = {task: [draw_record(HELD_OUT, task, index, "study") for index in range(60)] for task in TASKS}
     scales = {task: [record.metadata["scale"] for record in records] for task, records in drawn.items()}
     sharp = {task: values.count(1.0) / len(values) for task, values in scales.items()}
-    assert sharp["documents"] < sharp["scenes"] < sharp["charts"]
-    assert sharp["documents"] < sharp["digits"] < sharp["charts"]
+    assert sharp["documents"] < sharp["scenes"] < sharp["charts"] < sharp["digits"]
+    asked = [record.metadata["kind"] for record in drawn["documents"]]
+    assert asked.count("stamp") > asked.count("title")
+    assert "first_word" not in asked
     assert {scale for values in scales.values() for scale in values} == {1.0, 2.0, 3.0}
     by_size: dict[tuple[int, int], set[float]] = {}
     for records in drawn.values():

@@ -37,7 +37,7 @@ SHAPE = BatchShape(rows=8, length=160, tiles=12)
 COMPRESSOR = CompressorConfig(
     proxy_size=16, stem_width=8, stages=((3, 8, 8, False, "relu", 2),), head_width=16, hidden_size=16
 )
-SETTINGS = CompressorTrainConfig(steps=6, batch_size=4, warmup_steps=1, evaluate_every=3, allowed_increase=0.5)
+SETTINGS = CompressorTrainConfig(steps=6, batch_size=4, warmup_steps=1, evaluate_every=3, allowed_loss=0.5)
 
 
 def architecture() -> HyperVLConfig:
@@ -228,7 +228,7 @@ def test_training_saves_what_inference_loads_and_a_table_the_pipeline_reads(labe
     )
     saved = load_compressor(output)
     assert (saved.config, saved.details["epsilon"]) == (COMPRESSOR, 0.1)
-    assert report.metrics["all"].mean_increase <= SETTINGS.allowed_increase
+    assert report.metrics["all"].chance_lost <= SETTINGS.allowed_loss
     assert (report.alphas, report.unreadable) == (16, 1)
     one = Source(data / "train" / "one", corpora.tokenizer().fingerprint)
     stored = one.alphas(read_alphas(table))

@@ -17,10 +17,10 @@ from hypervl_jax.training.compression import (
     EVERY_TASK,
     RATIOS,
     ResolutionLabel,
+    at_alpha,
+    chance_lost,
     compressor_metrics,
     compressor_targets,
-    increase_at,
-    mean_increase,
     optimal_ratio,
     rank_correlation,
     relative_increase,
@@ -127,12 +127,16 @@ def test_summary_reports_floor_blind_guessers_and_tokens():
 def test_increases_are_interpolated_between_ratios():
     curve = relative_increase(np.array([FALLING] * 4), 0.1)
     expected = np.interp([0.1, 0.234, 0.95, 1.0], RATIOS, curve[0])
-    np.testing.assert_allclose(increase_at(curve, np.array([0.1, 0.234, 0.95, 1.0])), expected, atol=1e-9)
+    np.testing.assert_allclose(at_alpha(curve, np.array([0.1, 0.234, 0.95, 1.0])), expected, atol=1e-9)
 
 
-def test_mean_increase_counts_an_image_at_most_once_and_no_gain():
-    curves = np.array([[50.0] * 9 + [0.0], [-1.0] * 9 + [0.0]])
-    assert mean_increase(curves, np.array([0.5, 0.5])) == 0.5
+def test_the_chance_lost_counts_an_image_once_and_is_not_raised_by_noise():
+    half = np.log(2.0)
+    curves = np.array([[50.0] * 9 + [0.0], [0.0] * 9 + [half]])
+    assert chance_lost(curves, np.array([0.5, 1.0])) == pytest.approx(1 / 1.5)
+    assert chance_lost(curves, np.array([1.0, 0.5])) == pytest.approx(-0.5 / 1.5)
+    noise = np.random.default_rng(0).uniform(0.4, 0.6, (20_000, 10))
+    assert abs(chance_lost(noise, np.full(20_000, 0.3))) < 0.002
 
 
 @pytest.mark.parametrize("name", sorted(RESIDUAL_LOSSES))
@@ -194,14 +198,14 @@ def test_equal_pictures_stay_on_one_side_whatever_the_order():
 
 
 def test_calibration_finds_the_strongest_compression_that_is_allowed():
-    """Curves lose exactly 1 − α, so a mean loss of 0.25 means a mean α of 0.75."""
+    """Right answers' chances are exactly α at `RATIOS`, so a quarter lost means a mean α of 0.75 (less between them)."""
     rng = np.random.default_rng(0)
     sides = rng.integers(20, 300, 60).astype(np.float32)
     outputs = rng.normal(0, 0.5, 60).astype(np.float32)
-    lesson = Lesson(np.zeros(60), np.zeros(60), sides, np.tile(1 - np.array(RATIOS), (60, 1)))
+    lesson = Lesson(np.zeros(60), np.zeros(60), sides, np.tile(-np.log(RATIOS), (60, 1)))
     bias = calibration_bias(outputs, lesson, 0.25, 64)
     alphas = alpha_from_prediction(outputs + bias, sides, 64)
-    assert 0.75 <= alphas.mean() < 0.76
+    assert 0.75 <= alphas.mean() < 0.765
     assert calibration_bias(outputs + 1.0, lesson, 0.25, 64) == pytest.approx(bias - 1.0, abs=0.021)
     whole = alpha_from_prediction(outputs + calibration_bias(outputs, lesson, 0.0, 64), sides, 64)
     np.testing.assert_allclose(whole, 1.0)
@@ -224,10 +228,10 @@ def detail_lesson(count: int) -> Lesson:
     noise = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
     flat = np.broadcast_to(rng.integers(0, 256, (count, 1, 1, 3), np.uint8), noise.shape)
     best = np.where(fine, 1.0, 0.1)
-    increases = np.maximum(0.0, best[:, None] - np.array(RATIOS))
+    curves = np.maximum(0.0, best[:, None] - np.array(RATIOS))
     sides = np.full(count, 16, np.float32)
     proxies = np.where(fine[:, None, None, None], noise, flat)
-    return Lesson(proxies, np.log(best).astype(np.float32), sides, increases.astype(np.float32))
+    return Lesson(proxies, np.log(best).astype(np.float32), sides, curves.astype(np.float32))
 
 
 def test_training_learns_which_pictures_need_their_pixels():
@@ -242,7 +246,7 @@ def test_training_learns_which_pictures_need_their_pixels():
     fine = held_out.targets == 0
     assert alphas[fine].min() > alphas[~fine].max()
     # the calibration is inside the parameters
-    assert mean_increase(held_out.increases, alphas) <= settings.allowed_increase
+    assert chance_lost(held_out.curves, alphas) <= settings.allowed_loss
 
 
 def test_training_begins_with_the_weights_that_are_given():
@@ -264,7 +268,7 @@ def test_metrics_measure_what_they_say():
     alphas = np.array([0.5, 0.2, 1.0])
     metrics = compressor_metrics(labels, alphas, 0.05, 0.1, TILING)
     assert metrics["charts"].over_compressed == 1.0
-    assert metrics["charts"].mean_increase == pytest.approx(0.2)
+    assert metrics["charts"].chance_lost == pytest.approx(1 - np.exp(-FALLING[4]) / np.exp(-FALLING[9]))
     assert metrics["charts"].rank_correlation is None
     assert metrics["digits"].over_compressed == 0.0
     assert metrics["digits"].rank_correlation == pytest.approx(1.0)
@@ -287,7 +291,7 @@ def test_rank_correlation_is_scipys(pairs):
 
 
 @pytest.mark.parametrize(
-    "change", [{"loss": "l2"}, {"steps": 0}, {"validation_share": 1.0}, {"allowed_increase": -1.0}, {"batch_size": 0}]
+    "change", [{"loss": "l2"}, {"steps": 0}, {"validation_share": 1.0}, {"allowed_loss": -1.0}, {"batch_size": 0}]
 )
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change)).split("_")[0]):
