@@ -46,8 +46,8 @@ smallest difference that this study could have seen.
 _VRC = """\
 ## The compressor (VRC)
 
-Labels from the model itself (`reference`), whose training scaled six pictures in ten by a random α; ε is that of α*; all compressors
-are calibrated on training pictures kept out, so that at most 1.3 % is lost. The claims are about ε = 0.05. "At the tokens of" gets as many
+Labels from the model itself (`reference`), whose training scaled every second picture by a random α; ε is that of α*, with a floor of 1 nat (Δ is then the loss increase itself); all compressors
+are calibrated on training pictures kept out, so that at most 1.3 % of the right answers' chance is lost. The claims are about ε = 0.05. "At the tokens of" gets as many
 tokens as that compressor, or a little more.
 
 ![score over tokens](study/pareto.png)
