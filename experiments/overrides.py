@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -106,6 +107,8 @@ def _from_mapping(kind: type[Config], values: Mapping[str, Any], path: str) -> C
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
     """`value` as `kind`, an annotation. Only int to float and list to tuple are converted."""
+    if isinstance(kind, types.UnionType):
+        kind = _of_length(kind, value)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return _from_mapping(kind, value, path)
     if dataclasses.is_dataclass(kind) and isinstance(value, (tuple, list)):
@@ -117,6 +120,13 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
     if kind in (bool, int, float, str) and type(value) is kind:
         return value
     raise ConfigError(f"{path} must be {_describe(kind)}, got {value!r}")
+
+
+def _of_length(union: types.UnionType, value: Any) -> Any:
+    """The tuple of a union of tuples that has as many values as `value`; the first where none has."""
+    kinds = typing.get_args(union)
+    length = len(value) if isinstance(value, (tuple, list)) else 0
+    return next((kind for kind in kinds if len(typing.get_args(kind)) == length), kinds[0])
 
 
 def _by_field(kind: type, values: Sequence[Any], path: str) -> dict[str, Any]:

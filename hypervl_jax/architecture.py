@@ -213,18 +213,22 @@ class TilingConfig:
         return self.max_tiles + (1 if self.thumbnail and self.max_tiles > 1 else 0)
 
 
+Stage = tuple[int, int, int, bool, str, int] | tuple[int, int, int, bool, str, int, str, int]
+"""A bottleneck of MobileNetV3: kernel, expanded width, width, squeeze-excite, activation, stride; of MobileNetV4 also its form and the
+kernel of the depthwise convolution before its expansion (`hypervl_jax.mobilenet`)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CompressorConfig:
-    """The Visual Resolution Compressor (VRC): a MobileNetV3-style backbone, weighted pooling and an MLP.
+    """The Visual Resolution Compressor (VRC): a MobileNet, weighted pooling and an MLP.
 
     It sees a square proxy of the image with side `proxy_size` and predicts the log of the kept area in proxy units
-    (see `hypervl_jax.models.compressor`). `stages` rows are (kernel, expanded width, width, squeeze-excite, activation,
-    stride) of MobileNetV3 (arXiv 1905.02244, tables 1 and 2). `norm` is "group" from scratch, "affine" for folded BatchNorm.
+    (see `hypervl_jax.models.compressor`). `norm` is "group" from scratch, "affine" for folded BatchNorm.
     """
 
     proxy_size: int = 224
     stem_width: int = 16
-    stages: tuple[tuple[int, int, int, bool, str, int], ...] = ()
+    stages: tuple[Stage, ...] = ()
     head_width: int = 576
     hidden_size: int = 128
     norm: str = "group"
@@ -233,6 +237,13 @@ class CompressorConfig:
     def __post_init__(self) -> None:
         require_positive("compressor", self, "proxy_size", "stem_width", "head_width", "hidden_size", "group_size")
         require(self.norm in ("group", "affine"), f"compressor norm {self.norm!r} must be 'group' or 'affine'")
+        for stage in self.stages:
+            require(len(stage) in (6, 8), f"a stage of the compressor has 6 or 8 values, not {stage}")
+
+    @property
+    def outer_activation(self) -> str:
+        """Of stem and head: in MobileNetV4 that of the bottlenecks, in MobileNetV3 hard_swish."""
+        return self.stages[0][4] if self.stages and len(self.stages[0]) == 8 else "hard_swish"
 
 
 MOBILENET_V3_SMALL = (

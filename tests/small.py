@@ -9,6 +9,7 @@ import numpy as np
 
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import PARTS, DecoderConfig, HyperVLConfig, TilingConfig, VisionConfig, hypervl_tiny
+from hypervl_jax.mobilenet import MOBILENET_V4_MEDIUM, MOBILENET_V4_SMALL
 from hypervl_jax.models.runtime import RuntimeConfig
 from hypervl_jax.partitioning import MeshConfig
 from hypervl_jax.training import state as training_state
@@ -116,3 +117,12 @@ def make_setup(
         step = compile_step(functions, shardings, partitioning.row_sharding(mesh))
         control = make_control(consistency, 0)
     return Setup(functions, step, state, mesh, control)
+
+
+MOBILENET_V4_FORMS = (
+    MOBILENET_V4_MEDIUM[0],
+    *MOBILENET_V4_SMALL[1:2],
+    *MOBILENET_V4_SMALL[4:6],
+    *MOBILENET_V4_SMALL[9:10],
+)
+"""A bottleneck of every form of MobileNetV4: fused, plain, universal with one and both depthwise convolutions."""

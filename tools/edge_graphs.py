@@ -32,7 +32,8 @@ from hypervl_jax.architecture import (
     projector_part,
     vision_part,
 )
-from hypervl_jax.models.compressor import ACTIVATIONS, GROUP_NORM_EPS, Block, blocks
+from hypervl_jax.mobilenet import Block, Convolution, blocks, head, stem
+from hypervl_jax.models.compressor import ACTIVATIONS, GROUP_NORM_EPS
 from hypervl_jax.models.qwen3 import rotary_angles
 from hypervl_jax.vision.pixels import PIXEL_MEAN, PIXEL_STD
 from hypervl_jax.vision.resolution import alpha_from_prediction
@@ -223,9 +224,9 @@ def _tower_attention(weights: Weights, x: Float[Array, "p d"], vision: VisionCon
             for heads in (query, key, value)
         )
         scores = jnp.matmul(q, k.transpose(0, 2, 1)) * vision.head_dim**-0.5
-        mixed.append(jnp.matmul(softmax(scores), v))
-    joined = jnp.concatenate(mixed).transpose(1, 0, 2).reshape(x.shape[0], -1)
-    return linear(within(weights, "output"), joined)
+        # Joined head by head, the groups' products would be made one by the converter, over the weights of all heads at once.
+        mixed.append(jnp.matmul(softmax(scores), v).transpose(1, 0, 2).reshape(x.shape[0], -1))
+    return linear(within(weights, "output"), jnp.concatenate(mixed, axis=1))
 
 
 @jax.jit
@@ -253,10 +254,10 @@ def _compress(
     weights: Weights, proxy: Float[Array, "1 s s 3"], longest_side: Float[Array, "1"], *, config: CompressorConfig
 ) -> tuple[Float[Array, "1"], Float[Array, "1"]]:
     x = (proxy - PIXEL_MEAN) / PIXEL_STD
-    x = _convolution(within(weights, "stem"), x, config, stride=2, activation="hard_swish")
+    x = _convolution(within(weights, "stem"), x, config, stem(config))
     for number, block in enumerate(blocks(config)):
         x = _bottleneck(within(weights, f"bottleneck_{number}"), x, block, config)
-    x = _convolution(within(weights, "head"), x, config, activation="hard_swish")
+    x = _convolution(within(weights, "head"), x, config, head(config))
     flat = x.reshape(-1, x.shape[-1])
     # One row of scores: a softmax over the last axis, and a product that is the weighted sum.
     pooling = softmax(linear(within(weights, "pooling/score"), flat).reshape(1, -1))
@@ -268,16 +269,14 @@ def _compress(
 def _bottleneck(
     weights: Weights, x: Float[Array, "1 r q c"], block: Block, config: CompressorConfig
 ) -> Float[Array, "1 r q e"]:
-    inputs = x
-    if block.expanded != block.inputs:
-        x = _convolution(within(weights, "expand"), x, config, activation=block.activation)
-    depthwise = {"stride": block.stride, "groups": block.expanded, "activation": block.activation}
-    x = _convolution(within(weights, "depthwise"), x, config, **depthwise)
-    if block.squeeze_excite:
+    inputs, (*before, last) = x, block.convolutions
+    for found in before:
+        x = _convolution(within(weights, found.name), x, config, found)
+    if block.squeezed:
         mean = x.mean((1, 2))
         squeezed = jax.nn.relu(linear(within(weights, "squeeze_excite/squeeze"), mean))
         x = x * jax.nn.hard_sigmoid(linear(within(weights, "squeeze_excite/excite"), squeezed))[:, None, None]
-    x = _convolution(within(weights, "project"), x, config)
+    x = _convolution(within(weights, last.name), x, config, last)
     return inputs + x if block.residual else x
 
 
@@ -285,25 +284,22 @@ def _convolution(
     weights: Weights,
     x: Float[Array, "1 r q c"],
     config: CompressorConfig,
-    stride: int = 1,
-    groups: int = 1,
-    activation: str | None = None,
+    found: Convolution,
 ) -> Float[Array, "1 r q e"]:
     """Convolution, norm, activation."""
-    kernel = weights["convolution/kernel"]
-    margin = (kernel.shape[0] - 1) // 2
+    margin = (found.kernel - 1) // 2
     x = jax.lax.conv_general_dilated(
         x,
-        kernel,
-        (stride, stride),
+        weights["convolution/kernel"],
+        (found.stride, found.stride),
         ((margin, margin), (margin, margin)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
+        feature_group_count=found.groups,
     )
     if config.norm == "group":
         x = _normalise_groups(x, config.group_size)
     x = x * weights["norm/scale"] + weights["norm/bias"]
-    return x if activation is None else ACTIVATIONS[activation](x)
+    return ACTIVATIONS[found.activation](x) if found.activation else x
 
 
 def _normalise_groups(x: Float[Array, "1 r q c"], group_size: int) -> Float[Array, "1 r q c"]:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data_pipelines.manifest import MANIFEST as RECORDS_MANIFEST
 from data_pipelines.records import RecordError, write_json
 from data_pipelines.sources import Source
 from experiments import storage
@@ -31,11 +32,16 @@ from hypervl_jax.architecture import BRANCHES, ConfigError
 from hypervl_jax.text.tokenizer import TokenizerError
 from hypervl_jax.training import checkpoint as checkpoints
 from hypervl_jax.training.batch import BatchShape
-from hypervl_jax.training.compression import DEFAULT_FLOOR, LabelSummary, ResolutionLabel, summarise_labels
+from hypervl_jax.training.compression import (
+    DEFAULT_EPSILON,
+    DEFAULT_FLOOR,
+    LabelSummary,
+    ResolutionLabel,
+    summarise_labels,
+)
 from tools.label_files import FORMAT_VERSION, MANIFEST, SUFFIX, LabelError, claim, read_file, write_labels
 from tools.label_models import Labeller, ReferenceModel
 
-DEFAULT_EPSILON = 0.05
 IMAGES_PER_FILE = 128
 """What a killed run may lose."""
 
@@ -219,8 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = label_with(
                 _reference(options),
                 options.data,
-                options.output,
-                sources=options.sources.split(","),
+                _output(options),
+                sources=_sources(options),
                 split=options.split,
                 limit=options.limit,
                 shard=parse_shard(options.shard),
@@ -250,6 +256,24 @@ def _reference(options: argparse.Namespace) -> ReferenceModel:
     return Labeller(home, checkpoints.find_step(home, options.step), options.encoder)
 
 
+def _output(options: argparse.Namespace) -> pathlib.Path:
+    """Where the labels go. Raises `LabelError` where that is not said and follows from nothing."""
+    if options.output is None and options.checkpoint is None:
+        raise LabelError("--reference needs --output DIR, for the labels")
+    return pathlib.Path(options.output or checkpoints.checkpoint_home(options.checkpoint).parent / "labels")
+
+
+def _sources(options: argparse.Namespace) -> list[str]:
+    """The sources to label. Raises `LabelError` where there is none."""
+    home = pathlib.Path(options.data) / options.split
+    if options.sources is not None:
+        return options.sources.split(",")
+    found = sorted(path.parent.name for path in home.glob(f"*/{RECORDS_MANIFEST}"))
+    if not found:
+        raise LabelError(f"{home} holds no source; give --data ROOT with sources in ROOT/{options.split}")
+    return found
+
+
 def parse_shard(text: str) -> Shard:
     """A shard from I/N. Raises `LabelError`."""
     index, _, count = text.partition("/")
@@ -270,11 +294,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
     add("--data", required=True, metavar="ROOT", help="sources lie in ROOT/SPLIT/NAME")
     add("--split", default="train", help="of the data (default: train)")
-    add("--sources", required=True, metavar="A,B", help="by name, separated by commas")
+    add(
+        "--sources",
+        metavar="A,B",
+        help="by name, separated by commas (default: all of the split, in alphabetical order)",
+    )
     add("--limit", type=int, default=0, metavar="N", help="images of each source, spread evenly over it (default: all)")
     add("--encoder", choices=BRANCHES, default="base", help="the branch that sees the images (default: base)")
     add("--shard", default="0/1", metavar="I/N", help="make only every N-th file, from the I-th on (default: 0/1)")
-    add("--output", required=True, metavar="DIR", help="of the labels; a killed run goes on where it stopped")
+    add(
+        "--output",
+        metavar="DIR",
+        help="of the labels; a killed run goes on where it stopped (default: labels/ in the run's directory)",
+    )
     add("--epsilon", type=float, default=DEFAULT_EPSILON, help=f"of the table's α* (default: {DEFAULT_EPSILON})")
     add("--floor", type=float, default=DEFAULT_FLOOR, help=f"of the table's α* (default: {DEFAULT_FLOOR})")
     add("--json", action="store_true", help="print the table as JSON on standard output")

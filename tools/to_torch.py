@@ -52,7 +52,14 @@ PACKAGES = ("jax", "flax", "numpy", "safetensors", "tokenizers", "torch", "torch
 LONGEST_PROMPT = 32_768
 """What the tokenizer's config says of a prompt's length: the context that Qwen3 was pretrained with."""
 
-SHIPPED = ("__init__.py", "architecture.py", "vision/__init__.py", "vision/anyres.py", "vision/resolution.py")
+SHIPPED = (
+    "__init__.py",
+    "architecture.py",
+    "mobilenet.py",
+    "vision/__init__.py",
+    "vision/anyres.py",
+    "vision/resolution.py",
+)
 """Files of `hypervl_jax` that go with `hypervl_torch.py`, unchanged."""
 
 _DESCRIPTION = """\
@@ -157,6 +164,7 @@ def export(
             told = lambda what, done, total, shift=number: progress(what, done + shift * total, total * len(encoders))
             compared = comparison or Comparison()
             reports[branch] = Export(source, branch, FORMATS[layout], dtype, compressor, home, compared).run(told)
+        artifacts.write_list(temporary, encoders)
     return reports
 
 

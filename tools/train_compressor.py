@@ -29,10 +29,12 @@ from data_pipelines.records import RecordError, content_hash, read_index
 from data_pipelines.sources import DamagedShard, Source
 from experiments import storage
 from hypervl_jax.architecture import CompressorConfig
+from hypervl_jax.mobilenet import BACKBONES, mobilenet_config
 from hypervl_jax.models.compressor_io import check_unused, predict_log_areas, save_compressor
-from hypervl_jax.models.mobilenet_weights import BACKBONES, load_mobilenet, mobilenet_config
+from hypervl_jax.models.mobilenet_weights import load_mobilenet
 from hypervl_jax.training.checkpoint import checkpoint_home, read_description
 from hypervl_jax.training.compression import (
+    DEFAULT_EPSILON,
     DEFAULT_FLOOR,
     CompressorMetrics,
     ResolutionLabel,
@@ -52,7 +54,7 @@ from hypervl_jax.vision.decoding import UndecodableImage, decode_image
 from hypervl_jax.vision.resolution import alpha_from_prediction, make_proxies, make_proxy
 from tools.label_files import LabelError, read_labels
 from tools.label_models import checkpoint_tokenizer
-from tools.label_resolutions import DEFAULT_EPSILON, EXPLAINED, USAGE_ERROR, ReportProgress, progress_line
+from tools.label_resolutions import EXPLAINED, USAGE_ERROR, ReportProgress, progress_line
 
 _RECORDS_AT_ONCE = 256
 
@@ -317,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--backbone",
         choices=tuple(BACKBONES),
-        help="MobileNetV3 of this size (default: the checkpoint's configuration)",
+        help="MobileNetV3 of this size, or a convolutional MobileNetV4 (default: the checkpoint's configuration)",
     )
     add("--width", type=float, default=1.0, metavar="FACTOR", help="of the backbone's channels (default: 1)")
     add(
@@ -339,7 +341,13 @@ _NUMBERS = {
     "steps": "updates",
     "batch_size": "images a step",
     "learning_rate": "its highest value",
+    "warmup_steps": "of a linear rise from 0",
+    "weight_decay": "of the kernels",
     "over_compression_weight": "how much worse too small an area is than too large a one",
+    "huber_delta": "where the Huber loss turns linear, in log area",
+    "ordinal_scale": "width of the ordinal loss's steps, in log area",
+    "validation_share": "of the pictures, kept out of training",
+    "evaluate_every": "steps between validations",
     "allowed_loss": "share of the right answers' chance that calibration allows to lose",
     "seed": "of parameters and order",
 }

@@ -1,14 +1,13 @@
 """The Visual Resolution Compressor (VRC): how much of an image's resolution must be kept.
 
-A MobileNetV3 backbone (arXiv 1905.02244), weighted pooling and an MLP with one output: the natural log of the area to keep
+A MobileNet backbone (`hypervl_jax.mobilenet`), weighted pooling and an MLP with one output: the natural log of the area to keep
 in proxy units, unbounded. `vision.resolution` makes the proxy image and maps the output to α. No mutable state: the norm is
 GroupNorm (arXiv 1803.08494) from scratch, or a per-channel affine map, which is what a loaded BatchNorm folds to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,66 +15,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from hypervl_jax.architecture import CompressorConfig, require
+from hypervl_jax.mobilenet import Block, Convolution, blocks, convolutions, head, stem
 from hypervl_jax.models.layers import Linear, scale_and_bias
 from hypervl_jax.vision.pixels import normalise_pixels
 
-SQUEEZE_RATIO = 4
-WIDTH_MULTIPLE = 8
 GROUP_NORM_EPS = 1e-5
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": jax.nn.relu, "hard_swish": jax.nn.hard_swish}
 
 fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-class Block(NamedTuple):
-    """One inverted residual bottleneck with every size spelled out; `side` is the input's height and width."""
-
-    kernel: int
-    inputs: int
-    expanded: int
-    width: int
-    squeeze_excite: bool
-    activation: str
-    stride: int
-    side: int
-
-    @property
-    def output_side(self) -> int:
-        """Height and width of the block's output."""
-        return -(-self.side // self.stride)
-
-    @property
-    def squeezed(self) -> int:
-        """Width between the two layers of squeeze-and-excite: a quarter of the expanded width, as a multiple of 8."""
-        return round_width(self.expanded / SQUEEZE_RATIO)
-
-    @property
-    def residual(self) -> bool:
-        """Whether the input is added to the output."""
-        return self.stride == 1 and self.inputs == self.width
-
-
-def round_width(width: float) -> int:
-    """The multiple of 8 nearest to `width` that is not below 90 % of it (MobileNet's rule)."""
-    rounded = max(WIDTH_MULTIPLE, int(width + WIDTH_MULTIPLE / 2) // WIDTH_MULTIPLE * WIDTH_MULTIPLE)
-    return rounded + WIDTH_MULTIPLE if rounded < 0.9 * width else rounded
-
-
-def blocks(config: CompressorConfig) -> Iterator[Block]:
-    """The bottlenecks of a compressor in order."""
-    inputs, side = config.stem_width, -(-config.proxy_size // 2)
-    for kernel, expanded, width, squeeze_excite, activation, stride in config.stages:
-        block = Block(kernel, inputs, expanded, width, squeeze_excite, activation, stride, side)
-        yield block
-        inputs, side = width, block.output_side
-
-
-def final_features(config: CompressorConfig) -> tuple[int, int]:
-    """Width and side of the last bottleneck's output."""
-    width, side = config.stem_width, -(-config.proxy_size // 2)
-    for block in blocks(config):
-        width, side = block.width, block.output_side
-    return width, side
 
 
 class Norm(nn.Module):
@@ -103,33 +50,29 @@ class Norm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, padded by (kernel - 1) // 2 on every side, then norm and activation."""
+    """A convolution, its norm and its activation."""
 
-    width: int
-    kernel: int
+    sizes: Convolution
     config: CompressorConfig
     dtype: str
-    stride: int = 1
-    groups: int = 1
-    activation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b r q c"]) -> Float[Array, "b r q e"]:
         """Output height and width are the input's divided by the stride, rounded up."""
-        margin = (self.kernel - 1) // 2
+        found, margin = self.sizes, (self.sizes.kernel - 1) // 2
         x = nn.Conv(
-            self.width,
-            (self.kernel, self.kernel),
-            self.stride,
+            found.width,
+            (found.kernel, found.kernel),
+            found.stride,
             padding=((margin, margin), (margin, margin)),
-            feature_group_count=self.groups,
+            feature_group_count=found.groups,
             use_bias=False,
             dtype=self.dtype,
             kernel_init=nn.with_logical_partitioning(fan_out_normal, (None, None, "channels", "channels")),
             name="convolution",
         )(x)
         x = Norm(self.config.norm, self.config.group_size, name="norm")(x)
-        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+        return ACTIVATIONS[found.activation](x) if found.activation else x
 
 
 class SqueezeExcite(nn.Module):
@@ -153,7 +96,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """MobileNetV3's inverted residual: expand, depthwise convolution, squeeze-and-excite, project."""
+    """The convolutions of a bottleneck, squeeze-and-excite before the last where it has one, and its input where it is added."""
 
     block: Block
     config: CompressorConfig
@@ -161,17 +104,14 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b r q c"]) -> Float[Array, "b r q e"]:
-        """Output height and width are the input's divided by the stride, rounded up."""
-        block, inputs = self.block, x
-        common = {"config": self.config, "dtype": self.dtype}
-        if block.expanded != block.inputs:
-            x = ConvNorm(block.expanded, 1, activation=block.activation, name="expand", **common)(x)
-        depthwise = {"stride": block.stride, "groups": block.expanded, "activation": block.activation}
-        x = ConvNorm(block.expanded, block.kernel, name="depthwise", **depthwise, **common)(x)
-        if block.squeeze_excite:
-            x = SqueezeExcite(block.squeezed, self.dtype, name="squeeze_excite")(x)
-        x = ConvNorm(block.width, 1, name="project", **common)(x)
-        return inputs + x if block.residual else x
+        """Output height and width are the input's divided by the strides, rounded up."""
+        inputs, (*before, last) = x, self.block.convolutions
+        for found in before:
+            x = ConvNorm(found, self.config, self.dtype, name=found.name)(x)
+        if self.block.squeezed:
+            x = SqueezeExcite(self.block.squeezed, self.dtype, name="squeeze_excite")(x)
+        x = ConvNorm(last, self.config, self.dtype, name=last.name)(x)
+        return inputs + x if self.block.residual else x
 
 
 class WeightedPooling(nn.Module):
@@ -204,13 +144,11 @@ class Compressor(nn.Module):
             proxies.shape[1:] == (side, side, 3),
             f"the compressor takes uint8 proxies [b, {side}, {side}, 3], not {proxies.shape}",
         )
-        common = {"config": config, "dtype": self.dtype, "activation": "hard_swish"}
-        x = ConvNorm(config.stem_width, 3, stride=2, name="stem", **common)(
-            normalise_pixels(proxies).astype(self.dtype)
-        )
+        pixels = normalise_pixels(proxies).astype(self.dtype)
+        x = ConvNorm(stem(config), config, self.dtype, name="stem")(pixels)
         for number, block in enumerate(blocks(config)):
             x = Bottleneck(block, config, self.dtype, name=f"bottleneck_{number}")(x)
-        x = ConvNorm(config.head_width, 1, name="head", **common)(x)
+        x = ConvNorm(head(config), config, self.dtype, name="head")(x)
         x = WeightedPooling(self.dtype, name="pooling")(x)
         init = nn.initializers.lecun_normal()
         axes = ("channels", "channels")
@@ -221,28 +159,15 @@ class Compressor(nn.Module):
 
 def parameter_count(config: CompressorConfig) -> int:
     """Parameters of a compressor; every convolution has a norm's scale and bias, every linear layer a bias."""
-    width, _ = final_features(config)
-    total = 27 * config.stem_width + 2 * config.stem_width
+    total = sum(found.weights + 2 * found.width for found in convolutions(config))
     for block in blocks(config):
-        if block.expanded != block.inputs:
-            total += (block.inputs + 2) * block.expanded
-        total += (block.kernel**2 + 2) * block.expanded + (block.expanded + 2) * block.width
-        if block.squeeze_excite:
-            total += 2 * block.expanded * block.squeezed + block.squeezed + block.expanded
-    head = (width + 2) * config.head_width + config.head_width + 1
-    return total + head + (config.head_width + 1) * config.hidden_size + config.hidden_size + 1
+        total += 2 * block.excited * block.squeezed + (block.squeezed + block.excited) * bool(block.squeezed)
+    return total + config.head_width + 1 + (config.head_width + 1) * config.hidden_size + config.hidden_size + 1
 
 
 def forward_flops(config: CompressorConfig) -> int:
     """Multiply-add FLOPs (2 per multiply-add, convolutions and matrix products only) of one forward pass over one proxy."""
-    width, side = final_features(config)
-    total = 27 * config.stem_width * (-(-config.proxy_size // 2)) ** 2
-    for block in blocks(config):
-        before, after = block.side**2, block.output_side**2
-        if block.expanded != block.inputs:
-            total += before * block.inputs * block.expanded
-        total += after * block.expanded * (block.kernel**2 + block.width)
-        if block.squeeze_excite:
-            total += 2 * block.expanded * block.squeezed
-    total += side**2 * (width + 1) * config.head_width + (config.head_width + 1) * config.hidden_size
+    total = sum(found.output_side**2 * found.weights for found in convolutions(config))
+    total += sum(2 * block.excited * block.squeezed for block in blocks(config))
+    total += head(config).output_side ** 2 * config.head_width + (config.head_width + 1) * config.hidden_size
     return 2 * total

@@ -4,6 +4,7 @@ A table is a tuple of `Entry`; each key of the checkpoint is used by one entry, 
 layers of a scanned parameter are stacked along its first axis, one checkpoint key a layer.
 
 Towers and decoders are also published alone; a class that holds all of HyperVL with one encoder renames the same rows by a `Naming`.
+A MobileNet's rows are those of one convolution, named by the form of its bottleneck.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from hypervl_jax import mobilenet
 from hypervl_jax.architecture import (
     DECODER,
+    CompressorConfig,
     DecoderConfig,
     HyperVLConfig,
     VisionConfig,
@@ -226,6 +229,46 @@ PROJECTOR_ROWS: tuple[Row, ...] = (
 """The projector, by our names of its modules; every `Naming` has names of its own. Without LayerNorm the first two are not there."""
 
 
+CONVOLUTION_ROWS: tuple[Row, ...] = (
+    ("convolution/kernel", "{convolution}.weight", "r q c d", "d c r q"),
+    ("norm/weight", "{norm}.weight", "d", "d"),
+    ("norm/bias", "{norm}.bias", "d", "d"),
+    ("norm/mean", "{norm}.running_mean", "d", "d"),
+    ("norm/variance", "{norm}.running_var", "d", "d"),
+)
+"""A convolution of a MobileNet with its BatchNorm, which is folded once it is read (`models.mobilenet_weights`)."""
+
+SQUEEZE_EXCITE_ROWS: tuple[Row, ...] = (
+    ("squeeze/kernel", "se.conv_reduce.weight", "e (f r q)", "f e r q"),
+    ("squeeze/bias", "se.conv_reduce.bias", "f", "f"),
+    ("excite/kernel", "se.conv_expand.weight", "f (e r q)", "e f r q"),
+    ("excite/bias", "se.conv_expand.bias", "e", "e"),
+)
+"""Squeeze-and-excite, stored as 1 × 1 convolutions."""
+
+TIMM_CONVOLUTIONS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    mobilenet.INVERTED: {
+        "expand": ("conv_pw", "bn1"),
+        "depthwise": ("conv_dw", "bn2"),
+        mobilenet.PROJECT: ("conv_pwl", "bn3"),
+    },
+    mobilenet.UNIVERSAL: {
+        "start": ("dw_start.conv", "dw_start.bn"),
+        "expand": ("pw_exp.conv", "pw_exp.bn"),
+        "depthwise": ("dw_mid.conv", "dw_mid.bn"),
+        mobilenet.PROJECT: ("pw_proj.conv", "pw_proj.bn"),
+    },
+    mobilenet.FUSED: {"expand": ("conv_exp", "bn1"), mobilenet.PROJECT: ("conv_pwl", "bn2")},
+    mobilenet.PLAIN: {mobilenet.PROJECT: ("conv", "bn1")},
+}
+"""timm's names of convolution and norm in a bottleneck of each form."""
+
+TIMM_SEPARABLE: Mapping[str, tuple[str, str]] = {"depthwise": ("conv_dw", "bn1"), mobilenet.PROJECT: ("conv_pw", "bn2")}
+"""Those of an inverted bottleneck that does not expand."""
+
+TIMM_STEM, TIMM_HEAD = ("conv_stem", "bn1"), ("conv", "bn1")
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """What a class of another library calls the parts of HyperVL with one encoder.
@@ -332,3 +375,35 @@ def model_tables(config: HyperVLConfig, branch: str, naming: Naming) -> dict[str
         vision_part(branch): vision_table(config.vision(branch), naming.vision, naming.patches),
         projector_part(branch): projector_table(config, branch, naming.projector),
     }
+
+
+def mobilenet_table(config: CompressorConfig, names: Sequence[str], prefix: str = "") -> tuple[Entry, ...]:
+    """The key table of a compressor's backbone in timm's layout, each BatchNorm unfolded.
+
+    Args:
+        config: of the compressor.
+        names: of its bottlenecks and then its head in the checkpoint, e.g. `blocks.2.0`.
+        prefix: of every key.
+    """
+    *places, last = names
+    table = _convolution_entries("", mobilenet.stem(config), TIMM_STEM, prefix)
+    for number, (block, name) in enumerate(zip(mobilenet.blocks(config), places, strict=True)):
+        path, before = f"bottleneck_{number}/", f"{prefix}{name}."
+        separable = block.form == mobilenet.INVERTED and len(block.convolutions) == len(TIMM_SEPARABLE)
+        theirs = TIMM_SEPARABLE if separable else TIMM_CONVOLUTIONS[block.form]
+        for found in block.convolutions:
+            table += _convolution_entries(path, found, theirs[found.name], before)
+        if block.squeezed:
+            sizes = {"e": block.excited, "f": block.squeezed, "r": 1, "q": 1}
+            rows = [(f"{path}squeeze_excite/{ours}", *rest) for ours, *rest in SQUEEZE_EXCITE_ROWS]
+            table += make_table(rows, sizes, 0, before)
+    return table + _convolution_entries("", mobilenet.head(config), TIMM_HEAD, f"{prefix}{last}.")
+
+
+def _convolution_entries(
+    path: str, found: mobilenet.Convolution, names: tuple[str, str], prefix: str
+) -> tuple[Entry, ...]:
+    sizes = {"r": found.kernel, "q": found.kernel, "c": found.inputs // found.groups, "d": found.width}
+    keys = dict(zip(("convolution", "norm"), names, strict=True))
+    rows = [(f"{path}{found.name}/{ours}", key.format(**keys), *axes) for ours, key, *axes in CONVOLUTION_ROWS]
+    return make_table(rows, sizes, 0, prefix)

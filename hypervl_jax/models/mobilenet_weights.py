@@ -1,70 +1,41 @@
-"""MobileNetV3 backbones for the compressor (VRC): sizes by name and width, and weights that timm published.
+"""Published weights for the compressor's backbone: MobileNetV3 and the convolutional MobileNetV4, from files in timm's layout.
 
-timm's files hold the BatchNorm of every convolution; here it becomes the per-channel affine map of norm "affine", and the input
-normalisation that the weights were trained with goes into the first convolution. Weighted pooling and MLP stay as they are.
+That is what the Hugging Face Hub holds under `timm/`, and what `TimmWrapper` of transformers writes. Every BatchNorm becomes the
+per-channel affine map of norm "affine", and the input normalisation that the weights were trained with goes into the first
+convolution. Weighted pooling and MLP stay as they are: classifier, and MobileNetV4's convolution after its pooling, are left out.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float32
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
+from flax import traverse_util
 
-from hypervl_jax.architecture import MOBILENET_TINY, MOBILENET_V3_LARGE, MOBILENET_V3_SMALL, CompressorConfig, require
-from hypervl_jax.models.compressor import Block, blocks, round_width
-from hypervl_jax.models.safetensors_files import CheckpointError
-
-BACKBONES = {
-    "tiny": (MOBILENET_TINY, 8, 64),
-    "small": (MOBILENET_V3_SMALL, 16, 576),
-    "large": (MOBILENET_V3_LARGE, 16, 960),
-}
-"""Stages, stem width and head width of each size at width 1 (arXiv 1905.02244, tables 1 and 2; "tiny" is ours)."""
+from hypervl_jax.architecture import CompressorConfig, require
+from hypervl_jax.mobilenet import STEM, blocks
+from hypervl_jax.models.huggingface import check_keys, check_shape
+from hypervl_jax.models.key_table import mobilenet_table
+from hypervl_jax.models.safetensors_files import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, SafetensorsReader
 
 IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of pixels in [0, 1]: what timm's MobileNetV3 was trained with."""
+"""Of pixels in [0, 1]: what most of timm's MobileNets were trained with; `config.json` beside the weights may say others."""
 
 BATCH_NORM_EPS = 1e-5
-WEIGHTS = "model.safetensors"
 
-Tensors = Mapping[str, Float32[np.ndarray, "..."]]
+KNOWN = re.compile(r"mobilenet(v3_(small|large)|v4_conv_(small|medium|large))(_\d+)?")
+"""timm's names of the networks that are computed as here. Others differ where no tensor shows it: padding, epsilon, filters before
+strides (`tf_`, `_aa_`, `_blur_`), or have more (`hybrid`)."""
 
+WRAPPED = "timm_model."
+"""Prefix of keys in a directory that transformers wrote."""
 
-def mobilenet_config(base: CompressorConfig, backbone: str, width: float = 1.0) -> CompressorConfig:
-    """`base` with another backbone; `width` multiplies every number of channels, rounded as MobileNet does.
-
-    Raises `ConfigError` for an unknown backbone, or a width that is not positive.
-    """
-    require(backbone in BACKBONES, f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
-    require(width > 0, f"backbone width {width} must be positive")
-    stages, stem, head = BACKBONES[backbone]
-    scaled = tuple((k, round_width(e * width), round_width(w * width), *rest) for k, e, w, *rest in stages)
-    return dataclasses.replace(
-        base, stages=scaled, stem_width=round_width(stem * width), head_width=round_width(head * width)
-    )
-
-
-class _Names(NamedTuple):
-    """timm's names of one bottleneck: the block, and (convolution, norm) of its three parts."""
-
-    block: str
-    expand: tuple[str, str] | None
-    depthwise: tuple[str, str]
-    project: tuple[str, str]
-
-
-def _names(block: Block, name: str) -> _Names:
-    """A block that does not expand is depthwise separable, with a numbering of its own."""
-    if block.expanded == block.inputs:
-        return _Names(name, None, ("conv_dw", "bn1"), ("conv_pw", "bn2"))
-    return _Names(name, ("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+LEFT_OUT = re.compile(r"(classifier|conv_head|norm_head)\.|.*num_batches_tracked$")
 
 
 def load_mobilenet(path: epath.PathLike, config: CompressorConfig) -> dict[str, Any]:
@@ -74,94 +45,91 @@ def load_mobilenet(path: epath.PathLike, config: CompressorConfig) -> dict[str, 
     after theirs.
 
     Args:
-        path: of the file, or of a directory that holds it.
-        config: must have norm "affine", and stages of the same sizes.
+        path: of the file, or of a directory that holds it; a `config.json` beside it is read.
+        config: must have norm "affine", and bottlenecks of the same sizes.
 
     Raises:
-        CheckpointError: no such file, or its tensors are not those of the configured backbone.
+        CheckpointError: no such file, another network, or its tensors are not those of the configured backbone.
         ConfigError: the norm is another.
     """
     require(
         config.norm == "affine",
         f"compressor norm {config.norm!r} keeps no BatchNorm; set it to 'affine' for pretrained weights",
     )
-    tensors = read_tensors(epath.Path(path))
-    order = _block_names(tensors)
-    expected = [*blocks(config)]
-    if len(order) != len(expected) + 1:
+    reader = open_weights(Path(path))
+    check_network(reader)
+    prefix = WRAPPED if any(key.startswith(WRAPPED) for key in reader.keys) else ""
+    names, expected = _block_names(reader, prefix), len([*blocks(config)]) + 1
+    if len(names) != expected:
         raise CheckpointError(
-            f"{path} has {len(order) - 1} bottlenecks, the configured backbone {len(expected)}; choose another --backbone"
+            f"{path} has {max(len(names) - 1, 0)} bottlenecks, the configured backbone {expected - 1}; choose another --backbone"
         )
-    *names, head = order
-    found = {
-        "stem": _fold_input(_convolution(tensors, "conv_stem", "bn1")),
-        "head": _convolution(tensors, f"{head}.conv", f"{head}.bn1"),
-    }
-    for number, (block, name) in enumerate(zip(expected, names, strict=True)):
-        found[f"bottleneck_{number}"] = _bottleneck(tensors, block, _names(block, name))
-    return found
-
-
-def read_tensors(path: epath.Path) -> Tensors:
-    """All tensors of a safetensors file in float32. Raises `CheckpointError`."""
-    file = path / WEIGHTS if path.is_dir() else path
+    table = mobilenet_table(config, names, prefix)
     try:
-        return {key: np.asarray(value, np.float32) for key, value in safetensors.load(file.read_bytes()).items()}
-    except (OSError, SafetensorError) as error:
+        check_keys(reader, table, lambda key: LEFT_OUT.match(key.removeprefix(prefix)) is not None)
+        for entry in table:
+            check_shape(reader, entry)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; choose another --backbone or --width") from None
+    whole = {entry.path: entry.read(reader, tuple(slice(None) for _ in entry.shape)) for entry in table}
+    found = _folded(traverse_util.unflatten_dict(whole, sep="/"))
+    return found | {STEM: _fold_input(found[STEM], *input_normalisation(reader.config))}
+
+
+def open_weights(path: Path) -> SafetensorsReader:
+    """A file of weights, or the one in a directory, with the `config.json` beside it where there is one. Raises `CheckpointError`."""
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    settings = file.with_name(CONFIG_FILE)
+    try:
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{settings} cannot be read: {error}") from error
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; give timm's model.safetensors of a MobileNet")
+    return SafetensorsReader(file.parent, config if isinstance(config, dict) else {}, [file])
+
+
+def check_network(reader: SafetensorsReader) -> None:
+    """Raises `CheckpointError` where `config.json` names a network that is not computed as here."""
+    name = str(reader.config.get("architecture", "")).partition(".")[0]
+    if name and not KNOWN.fullmatch(name):
         raise CheckpointError(
-            f"{file} cannot be read ({error}); give timm's model.safetensors of a MobileNetV3"
-        ) from error
+            f"{reader.directory} holds {name!r}; the compressor's backbone is a mobilenetv3_small or _large, or a mobilenetv4_conv_small, "
+            "_medium or _large"
+        )
 
 
-def _block_names(tensors: Tensors) -> list[str]:
-    """`blocks.STAGE.NUMBER`, in order."""
-    found = {tuple(map(int, match.groups())) for key in tensors if (match := re.match(r"blocks\.(\d+)\.(\d+)\.", key))}
+def input_normalisation(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and spread by channel, of pixels in [0, 1], that a network was trained with. Raises `CheckpointError`."""
+    said = config.get("pretrained_cfg") or {}
+    mean, spread = said.get("mean", IMAGENET_MEAN), said.get("std", IMAGENET_SPREAD)
+    if len(mean) != len(IMAGENET_MEAN) or len(spread) != len(IMAGENET_SPREAD) or min(spread) <= 0:
+        raise CheckpointError(f"config.json has mean {mean} and std {spread}; three numbers each are needed")
+    return mean, spread
+
+
+def _block_names(reader: SafetensorsReader, prefix: str) -> list[str]:
+    """`blocks.STAGE.NUMBER` of bottlenecks and head, in order."""
+    pattern = re.compile(re.escape(prefix) + r"blocks\.(\d+)\.(\d+)\.")
+    found = {tuple(map(int, match.groups())) for key in reader.keys if (match := pattern.match(key))}
     return [f"blocks.{stage}.{number}" for stage, number in sorted(found)]
 
 
-def _take(tensors: Tensors, key: str) -> Float32[np.ndarray, "..."]:
-    if key not in tensors:
-        raise CheckpointError(f"the weights have no {key!r}: they are not timm's of this MobileNetV3")
-    return tensors[key]
+def _folded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with every BatchNorm as an affine map."""
+    if "variance" in tree:
+        scale = tree["weight"] / np.sqrt(tree["variance"] + BATCH_NORM_EPS)
+        return {"scale": scale, "bias": tree["bias"] - tree["mean"] * scale}
+    return {name: _folded(value) if isinstance(value, Mapping) else value for name, value in tree.items()}
 
 
-def _convolution(tensors: Tensors, convolution: str, norm: str) -> dict[str, Any]:
-    """A convolution, [outputs, inputs, rows, columns] to [rows, columns, inputs, outputs], and its BatchNorm as an affine map."""
-    kernel = _take(tensors, f"{convolution}.weight").transpose(2, 3, 1, 0)
-    weight, bias, mean, variance = (
-        _take(tensors, f"{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = weight / np.sqrt(variance + BATCH_NORM_EPS)
-    return {"convolution": {"kernel": kernel}, "norm": {"scale": scale, "bias": bias - mean * scale}}
-
-
-def _fold_input(stem: Mapping[str, Any]) -> dict[str, Any]:
-    """The stem for pixels in [-1, 1]: (x + 1) / 2 is theirs in [0, 1], then ImageNet's mean and spread."""
-    mean, spread = (np.array(values, np.float32)[:, None] for values in (IMAGENET_MEAN, IMAGENET_SPREAD))
+def _fold_input(stem: Mapping[str, Any], mean: Sequence[float], spread: Sequence[float]) -> dict[str, Any]:
+    """The stem for pixels in [-1, 1]: (x + 1) / 2 is theirs in [0, 1], then their mean and spread."""
+    middle, width = (np.array(values, np.float32)[:, None] for values in (mean, spread))
     kernel, scale = stem["convolution"]["kernel"], stem["norm"]["scale"]
-    shift = (kernel * ((0.5 - mean) / spread)).sum((0, 1, 2))
+    shift = (kernel * ((0.5 - middle) / width)).sum((0, 1, 2))
     bias = stem["norm"]["bias"] + scale * shift
-    return {"convolution": {"kernel": kernel / (2 * spread)}, "norm": {"scale": scale, "bias": bias}}
-
-
-def _bottleneck(tensors: Tensors, block: Block, names: _Names) -> dict[str, Any]:
-    parts = {"expand": names.expand, "depthwise": names.depthwise, "project": names.project}
-    found = {
-        part: _convolution(tensors, f"{names.block}.{pair[0]}", f"{names.block}.{pair[1]}")
-        for part, pair in parts.items()
-        if pair is not None
-    }
-    if block.squeeze_excite:
-        found["squeeze_excite"] = {
-            ours: _linear(tensors, f"{names.block}.se.{theirs}")
-            for ours, theirs in (("squeeze", "conv_reduce"), ("excite", "conv_expand"))
-        }
-    return found
-
-
-def _linear(tensors: Tensors, name: str) -> dict[str, Any]:
-    """A 1 × 1 convolution as a matrix [inputs, outputs]."""
-    return {"kernel": _take(tensors, f"{name}.weight")[:, :, 0, 0].T, "bias": _take(tensors, f"{name}.bias")}
+    return {"convolution": {"kernel": kernel / (2 * width)}, "norm": {"scale": scale, "bias": bias}}
 
 
 def with_backbone(params: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DEFAULT_FLOOR = 0.1
 """Nats per answer token below which L(1) is no scale to compare with: e^-0.1 is 90 % certainty of every token."""
 
+DEFAULT_EPSILON = 0.05
+"""The middle of the three that are studied."""
+
 EVERY_TASK = "all"
 """Name of the row over all tasks in a summary."""
 

@@ -219,7 +219,7 @@ def train_compressor(
     """
     validation = validation_mask(lesson.proxies, settings.validation_share)
     held_out = lesson.part(validation)
-    trainer = _Trainer(config, settings, lesson.part(~validation), first or {})
+    trainer = Trainer(config, settings, lesson.part(~validation), first or {})
     history, best, least = [], trainer.params, np.inf
     for steps, loss in trainer.run():
         outputs = predict_log_areas(config, trainer.params, held_out.proxies)
@@ -233,8 +233,8 @@ def train_compressor(
     return TrainedCompressor(shift_output(best, bias), history, bias, validation)
 
 
-class _Trainer:
-    """The parameters and the optimizer's state between two validations."""
+class Trainer:
+    """The parameters and the optimizer's state (`params`, `state`) between two validations."""
 
     def __init__(
         self, config: CompressorConfig, settings: CompressorTrainConfig, lesson: Lesson, first: Mapping[str, Any]
@@ -246,21 +246,21 @@ class _Trainer:
         fresh, _ = partitioning.unbox(init(jax.random.key(settings.seed), lesson.proxies[:1])["params"])
         # The median is the best constant; from 0 the first steps would only move the bias there.
         self.params = shift_output(jax.device_put(with_backbone(fresh, first)), float(np.median(lesson.targets)))
-        self._state = self._optimizer.init(self.params)
-        self._step = jax.jit(self._update)
+        self.state = self._optimizer.init(self.params)
+        self._step = jax.jit(self.update)
 
     def run(self) -> Iterator[tuple[int, float]]:
         """Yields (steps done, mean loss since the last time) every `evaluate_every` steps."""
         order, losses = _order(len(self._lesson.targets), self._settings), []
         # One dispatch a step: inside a scan, XLA's CPU backend runs these convolutions four times slower.
         for done, chosen in enumerate(order, start=1):
-            self.params, self._state, loss = self._step(self.params, self._state, self._lesson, chosen)
+            self.params, self.state, loss = self._step(self.params, self.state, self._lesson, chosen)
             losses.append(loss)
             if done % self._settings.evaluate_every == 0 or done == len(order):
                 yield done, float(np.mean(jax.device_get(losses)))
                 losses.clear()
 
-    def _update(self, params: Any, state: Any, lesson: Lesson, chosen: Int[Array, "b"]) -> tuple[Any, Any, Array]:
+    def update(self, params: Any, state: Any, lesson: Lesson, chosen: Int[Array, "b"]) -> tuple[Any, Any, Array]:
         """One update on the chosen images; their loss comes last."""
         loss, gradient = jax.value_and_grad(self._loss)(params, lesson.part(chosen))
         updates, state = self._optimizer.update(gradient, state, params)

@@ -15,7 +15,7 @@ from hypervl_jax.models.qwen3 import Decoder, head_weights, logits
 from hypervl_jax.training.state import abstract_parameters
 from hypervl_jax.vision.pixels import normalise_pixels
 from hypervl_jax.vision.resolution import alpha_from_prediction
-from tests.small import small_architecture
+from tests.small import MOBILENET_V4_FORMS, small_architecture
 from tests.tools.runs import random_like
 from tools import edge_graphs
 from tools.edge_graphs import Graph, HostCache
@@ -77,7 +77,11 @@ def test_heads_that_do_not_fill_the_last_group_attend_too() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL.compressor, CompressorConfig(proxy_size=32, stages=MOBILENET_V3_SMALL[:4], head_width=64, norm="affine")],
+    [
+        SMALL.compressor,
+        CompressorConfig(proxy_size=32, stages=MOBILENET_V3_SMALL[:4], head_width=64, norm="affine"),
+        CompressorConfig(proxy_size=32, stages=MOBILENET_V4_FORMS, head_width=64, norm="affine"),
+    ],
 )
 def test_the_compressor_gives_the_module_s_output_and_alpha(config: CompressorConfig) -> None:
     params = random_like(abstract_compressor(config))

@@ -22,6 +22,7 @@ from hypervl_jax.text.tokenizer import ChatTemplate, load_tokenizer
 from hypervl_jax.training.checkpoint import Description, read_description, write_description
 from hypervl_jax.vision.anyres import plan_image
 from tests.references import qwen3_config, vision_values
+from tests.small import MOBILENET_V4_FORMS
 from tests.tools.runs import CONFIG, random_like, write_run
 from tools import golden, huggingface_files, to_torch, torch_parity
 from tools.artifacts import ArtifactError, read_golden, read_manifest
@@ -161,7 +162,9 @@ def test_the_processor_of_transformers_passes_our_tiles_unchanged(exported: Path
     assert {name: all(equal.values()) for name, equal in found.items()} == {"one_image": True, "many_tiles": True}
 
 
-@pytest.mark.parametrize(("norm", "stages"), [("group", MOBILENET_V3_SMALL), ("affine", MOBILENET_TINY)])
+@pytest.mark.parametrize(
+    ("norm", "stages"), [("group", MOBILENET_V3_SMALL), ("affine", MOBILENET_TINY), ("group", MOBILENET_V4_FORMS)]
+)
 def test_the_compressor_in_pytorch_is_the_one_in_flax(tmp_path: Path, norm: str, stages: tuple) -> None:
     config = dataclasses.replace(CONFIG.compressor, stages=stages, norm=norm)
     params = random_like(abstract_compressor(config))

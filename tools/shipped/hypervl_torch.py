@@ -6,7 +6,7 @@
     inputs = HyperVLInputs.from_pretrained("DIR")(messages, images)
     model.generate(**inputs, max_new_tokens=64)
 
-Needs torch, transformers, safetensors, numpy, pillow and jaxtyping; the three files of `hypervl_jax` beside it are the training code's
+Needs torch, transformers, safetensors, numpy, pillow and jaxtyping; the four files of `hypervl_jax` beside it are the training code's
 own, unchanged, so that sizes, tiles and α are the same integers everywhere.
 """
 
@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hypervl_jax.architecture import CompressorConfig, TilingConfig, compressor_from_json
+from hypervl_jax.mobilenet import Block, Convolution, blocks, head, stem
 from hypervl_jax.vision.anyres import ImagePlan, plan_image, tile_image, visual_slots
 from hypervl_jax.vision.resolution import alpha_from_prediction, make_proxy
 
@@ -130,7 +131,7 @@ def tile_inputs(tiles: UInt8[np.ndarray, "t s s 3"], patch_size: int) -> dict[st
 
 
 class Compressor(torch.nn.Module):
-    """The VRC: a MobileNetV3 backbone, weighted pooling, and an MLP with one output.
+    """The VRC: a MobileNet backbone, weighted pooling, and an MLP with one output.
 
     Proxies uint8 [b, s, s, 3] to the natural log of the area to keep in proxy units [b].
     """
@@ -143,35 +144,33 @@ class Compressor(torch.nn.Module):
 
     def forward(self, proxies: UInt8[torch.Tensor, "b s s 3"]) -> Float[torch.Tensor, "b"]:
         """One number a proxy."""
-        x = self._convolve((proxies.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5, "stem", 2, 1, "hard_swish")
-        for number, stage in enumerate(self.config.stages):
-            x = self._bottleneck(x, f"bottleneck_{number}", stage)
-        x = self._convolve(x, "head", 1, 1, "hard_swish").flatten(2).transpose(1, 2)
+        x = self._convolve((proxies.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5, "stem", stem(self.config))
+        for number, block in enumerate(blocks(self.config)):
+            x = self._bottleneck(x, f"bottleneck_{number}", block)
+        x = self._convolve(x, "head", head(self.config)).flatten(2).transpose(1, 2)
         x = (x * self._linear(x, "pooling_score").softmax(1)).sum(1)
         return self._linear(functional.hardswish(self._linear(x, "hidden")), "output")[:, 0]
 
-    def _bottleneck(self, x: torch.Tensor, name: str, stage: tuple[int, int, int, bool, str, int]) -> torch.Tensor:
-        _, expanded, width, squeeze_excite, activation, stride = stage
-        inputs = x
-        if expanded != x.shape[1]:
-            x = self._convolve(x, f"{name}_expand", 1, 1, activation)
-        x = self._convolve(x, f"{name}_depthwise", stride, expanded, activation)
-        if squeeze_excite:
+    def _bottleneck(self, x: torch.Tensor, name: str, block: Block) -> torch.Tensor:
+        inputs, (*before, last) = x, block.convolutions
+        for found in before:
+            x = self._convolve(x, f"{name}_{found.name}", found)
+        if block.squeezed:
             squeezed = functional.relu(self._linear(x.mean((2, 3)), f"{name}_squeeze_excite_squeeze"))
             excited = self._linear(squeezed, f"{name}_squeeze_excite_excite")
             x = x * functional.hardsigmoid(excited)[..., None, None]
-        x = self._convolve(x, f"{name}_project", 1, 1, None)
-        return inputs + x if stride == 1 and inputs.shape[1] == width else x
+        x = self._convolve(x, f"{name}_{last.name}", last)
+        return inputs + x if block.residual else x
 
-    def _convolve(self, x: torch.Tensor, name: str, stride: int, groups: int, activation: str | None) -> torch.Tensor:
-        kernel = getattr(self, f"{name}_convolution_kernel")
-        x = functional.conv2d(x, kernel, stride=stride, padding=(kernel.shape[-1] - 1) // 2, groups=groups)
+    def _convolve(self, x: torch.Tensor, name: str, found: Convolution) -> torch.Tensor:
+        kernel, margin = getattr(self, f"{name}_convolution_kernel"), (found.kernel - 1) // 2
+        x = functional.conv2d(x, kernel, stride=found.stride, padding=margin, groups=found.groups)
         scale, bias = getattr(self, f"{name}_norm_scale"), getattr(self, f"{name}_norm_bias")
         if self.config.norm == "group":
             x = functional.group_norm(x, x.shape[1] // self.config.group_size, scale, bias, GROUP_NORM_EPS)
         else:
             x = x * scale[:, None, None] + bias[:, None, None]
-        return {None: lambda y: y, "relu": functional.relu, "hard_swish": functional.hardswish}[activation](x)
+        return {"": lambda y: y, "relu": functional.relu, "hard_swish": functional.hardswish}[found.activation](x)
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return functional.linear(x, getattr(self, f"{name}_kernel"), getattr(self, f"{name}_bias"))

@@ -10,7 +10,8 @@ import torch
 
 from hypervl_jax import partitioning
 from hypervl_jax.architecture import ConfigError, hypervl_2b, hypervl_tiny
-from hypervl_jax.models.compressor import Compressor, Norm, forward_flops, parameter_count, round_width
+from hypervl_jax.mobilenet import mobilenet_config, round_width
+from hypervl_jax.models.compressor import Compressor, Norm, forward_flops, parameter_count
 
 TINY, FULL = hypervl_tiny().compressor, hypervl_2b().compressor
 
@@ -34,13 +35,16 @@ def random_params(config) -> tuple[Compressor, dict]:
     return module, jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-@pytest.mark.parametrize("config", [TINY, FULL, dataclasses.replace(FULL, norm="affine")])
+V4 = [mobilenet_config(FULL, name) for name in ("v4-small", "v4-medium")]
+
+
+@pytest.mark.parametrize("config", [TINY, FULL, dataclasses.replace(FULL, norm="affine"), *V4])
 def test_parameter_count(config):
     _, params = init(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == parameter_count(config)
 
 
-@pytest.mark.parametrize("config", [TINY, FULL, dataclasses.replace(FULL, proxy_size=225)])
+@pytest.mark.parametrize("config", [TINY, FULL, dataclasses.replace(FULL, proxy_size=225), *V4])
 def test_flops_are_those_of_all_convolutions_and_products(config):
     module, params = init(config)
     proxies = jax.ShapeDtypeStruct((1, config.proxy_size, config.proxy_size, 3), jnp.uint8)
