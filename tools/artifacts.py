@@ -3,6 +3,7 @@
     <artifact>/manifest.json       source checkpoint and code, shapes, dtype, preprocessing, versions, parity, SHA-256 of every file
     <artifact>/golden.safetensors  inputs and outputs computed by JAX, to check the artifact against on any machine
     <artifact>/report.json         the parity report, as the exporter printed it
+    <parent>/artifacts.json        names of the artifacts that one command made together
 
 `tools.verify_artifact` reads them back. Every exporter writes its directory through `writing` and ends it with `write_manifest`.
 """
@@ -34,7 +35,7 @@ from hypervl_jax.training.checkpoint import DESCRIPTION, Description
 from hypervl_jax.training.telemetry.records import git_revision, write_json
 
 FORMAT_VERSION = 1
-MANIFEST, GOLDEN, REPORT = "manifest.json", "golden.safetensors", "report.json"
+MANIFEST, GOLDEN, REPORT, LIST = "manifest.json", "golden.safetensors", "report.json", "artifacts.json"
 _READ_AT_ONCE = 1 << 24
 
 
@@ -186,6 +187,22 @@ def read_manifest(directory: pathlib.Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format {version}, this code reads {FORMAT_VERSION}")
     return manifest
+
+
+def write_list(parent: pathlib.Path, names: Sequence[str]) -> None:
+    """Writes down the artifacts of a directory of several, so that one that is deleted whole is missed; a single one has its manifest."""
+    if len(names) > 1:
+        write_json(parent / LIST, {"artifacts": list(names)})
+
+
+def read_list(parent: pathlib.Path) -> tuple[str, ...]:
+    """The artifacts that were written into a directory; none where nothing says so. Raises `ArtifactError` when that cannot be read."""
+    try:
+        return tuple(map(str, json.loads((parent / LIST).read_text())["artifacts"]))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{parent / LIST} is damaged ({error}); export the checkpoint again") from error
 
 
 def files_in(directory: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ examples:
   python -m tools.benchmark_edge --checkpoint runs/initial --parts encoder --images 1024,2048 --json
 
 exit status:
-  0  measured    1  something cannot be read or run    2  wrong usage
+  0  measured    1  something cannot be read or run; what could be run is printed    2  wrong usage
 """
 
 
@@ -147,8 +148,10 @@ class Bench:
         embeddings = rng.normal(size=(1, length, config.hidden_size)).astype(np.float32) * np.float32(0.05)
         return cache.inputs(embeddings, length)
 
-    def rows(self, wanted: Wanted, runtimes: Sequence[str], bits: Sequence[str]) -> Iterator[Callable[[], Row]]:
-        """The measurements of one graph, each made when it is called."""
+    def rows(
+        self, wanted: Wanted, runtimes: Sequence[str], bits: Sequence[str]
+    ) -> Iterator[tuple[str, Callable[[], Row]]]:
+        """The measurements of one graph by name, each made when it is called."""
         expected: dict[str, np.ndarray] = {}
 
         def reference() -> dict[str, np.ndarray]:
@@ -161,7 +164,8 @@ class Bench:
 
         for runtime in runtimes:
             for precision in bits:
-                yield lambda runtime=runtime, precision=precision: self._row(wanted, runtime, precision, reference())
+                name = f"{wanted.label} in {runtime}, {precision}"
+                yield name, lambda run=(runtime, precision): self._row(wanted, *run, reference())
 
     def _row(self, wanted: Wanted, runtime: str, precision: str, expected: Mapping[str, np.ndarray]) -> Row:
         model = self._model(wanted.graph, runtime, precision)
@@ -262,23 +266,35 @@ def run_case(case: Case) -> Probe:
     try:
         return Probe(**json.loads(done.stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        said = done.stderr.strip().splitlines()[-1:] or [f"no result, exit status {done.returncode}"]
-        raise ArtifactError(f"{case.part} in {case.runtime}, {case.precision}: {said[0]}") from None
+        raise ArtifactError(_why(done)) from None
 
 
-def benchmark(bench: Bench, options: argparse.Namespace, progress: ReportProgress) -> list[Row]:
-    """All rows, graph after graph."""
-    work: list[Callable[[], Row]] = []
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process gave no result."""
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}, as the system ends what needs more memory than there is"
+    said = (done.stderr.strip().splitlines() or [f"no result, exit status {done.returncode}"])[-1]
+    if re.fullmatch(r"\w+:?", said):
+        return f"{said.rstrip(':')} without a reason; a runtime that gets no memory gives none"
+    return said
+
+
+def benchmark(bench: Bench, options: argparse.Namespace, progress: ReportProgress) -> tuple[list[Row], list[str]]:
+    """All rows, graph after graph; and what could not be measured, a sentence each."""
+    work: list[tuple[str, Callable[[], Row]]] = []
     for wanted in bench.wanted(options.parts):
         runtimes = [each for each in options.runtimes if wanted.label != COMPRESSOR or each in FILES]
         work += bench.rows(wanted, runtimes, options.precisions)
     for wanted in bench.pictures(options.images):
         work += bench.rows(wanted, (TFLITE,), options.precisions)
-    rows = []
-    for number, measure in enumerate(work):
-        progress(rows[-1].part if rows else "starting", number, len(work))
-        rows.append(measure())
-    return rows
+    rows, failed = [], []
+    for number, (name, measure) in enumerate(work):
+        progress(name, number, len(work))
+        try:
+            rows.append(measure())
+        except ArtifactError as error:
+            failed.append(f"{name}: {error}")
+    return rows, failed
 
 
 def show(rows: Sequence[Row]) -> Table:
@@ -376,15 +392,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         with tempfile.TemporaryDirectory() as name, progress_line() as progress:
-            rows = benchmark(open_bench(options, pathlib.Path(name)), options, progress)
+            rows, failed = benchmark(open_bench(options, pathlib.Path(name)), options, progress)
     except (ArtifactError, CheckpointError, ConfigError, TokenizerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILURE
     if options.json:
-        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}))
-    else:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "failed": failed}))
+    elif rows:
         Console(width=120).print(show(rows))
-    return SUCCESS
+    for sentence in failed:
+        print(f"error: {sentence}", file=sys.stderr)
+    return FAILURE if failed else SUCCESS
 
 
 if __name__ == "__main__":

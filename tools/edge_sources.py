@@ -232,8 +232,9 @@ def finish(
     report: Mapping[str, Any],
     versions: Mapping[str, str],
     target: Mapping[str, Any] | None = None,
+    more_golden: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Golden arrays, report and manifest; `target` is what stands in the shapes besides the settings."""
+    """Golden arrays, report and manifest; `target` is what stands in the shapes besides the settings, `more_golden` what else is golden."""
     source, tiling = made.source, made.settings.config.tiling
     shown = [case for case in golden.cases(tiling) if case.name in next(iter(made.references.values()))]
     arrays = {
@@ -241,7 +242,7 @@ def finish(
         for branch, found in made.references.items()
         for key, value in golden.arrays(found, shown).items()
     }
-    artifacts.write_golden(home, arrays | _golden_parts(made, shown))
+    artifacts.write_golden(home, {**arrays, **_golden_parts(made, shown), **(more_golden or {})})
     artifacts.write_json(home / artifacts.REPORT, report)
     preprocessing = {
         "tiling": dataclasses.asdict(tiling),

@@ -142,6 +142,7 @@ def export(
             home.mkdir(exist_ok=True)
             told = lambda what, done, shift=2 * number + 1: progress(what, done + shift, steps)
             reports[name] = _export_one(made, name, home, told, bundle and PRECISIONS[name].activations is None)
+        artifacts.write_list(temporary, precisions)
     return reports
 
 
@@ -193,7 +194,8 @@ def _export_one(
     wrong = [part for part, found in parts.items() if name == "float32" and _differs(found)]
     if wrong:
         raise ArtifactError(f"at float32 {' and '.join(wrong)} differs from JAX: {json.dumps(parts)}")
-    edge_sources.finish(made, KIND, name, home, report, artifacts.versions(PACKAGES))
+    tiles = litert_bundle.golden_tiles(made.settings.config.tiling) if bundle else None
+    edge_sources.finish(made, KIND, name, home, report, artifacts.versions(PACKAGES), more_golden=tiles)
     return report
 
 

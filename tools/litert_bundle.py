@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +40,9 @@ SUFFIX = ".litertlm"
 PACKAGES = ("litert-lm-builder", "litert-lm")
 ANSWER_TOKENS = 24
 """Of each prompt that a bundle is compared on."""
+
+TILES = "bundle"
+"""Golden arrays of those prompts are under this name."""
 
 _TEMPLATE = """\
 {% if @SYSTEM@ and messages[0].role != 'system' %}@START@system
@@ -161,28 +164,58 @@ def cases(tiling: TilingConfig) -> list[Case]:
 
 
 def compare(made: Exported, branch: str, path: pathlib.Path) -> dict[str, Any]:
-    """The engine's greedy answers against JAX's: how many are the text of JAX's tokens, and how many tokens those have.
+    """The engine's greedy answers against JAX's: how many are the text of JAX's tokens, how many tokens those have, and all of them.
 
     Raises:
         ArtifactError: litert-lm is missing, or cannot run the bundle.
     """
-    (_, engine), tokenizer, equal, tokens = packages(), made.source.tokenizer, 0, 0
-    engine.set_min_log_severity(engine.LogSeverity.ERROR)
-    prompts, params = cases(made.settings.config.tiling), {**made.read_encoder(branch), **made.read_decoder()}
-    for case in prompts:
-        found = golden.compute(case, made.settings.config, params, tokenizer, branch, ANSWER_TOKENS)
-        ids = _until_stop(found.generated.tolist(), (tokenizer.end_of_turn, tokenizer.end_of_text))
-        same = _ask(engine, path, case.question, found.tiles) == tokenizer.decode(ids)
-        equal, tokens = equal + int(same), tokens + len(ids) * int(same)
-    return {"answers_equal": equal, "of": len(prompts), "tokens": tokens}
+    answers, equal, tokens = [], 0, 0
+    for case, jax, count in _expected(made, branch):
+        engine = ask(path, case.question, golden.tile_all(case.images, made.settings.config.tiling))
+        equal, tokens = equal + int(engine == jax), tokens + count * int(engine == jax)
+        answers.append({"prompt": case.name, "question": case.question, "jax": jax, "engine": engine})
+    return {"answers_equal": equal, "of": len(answers), "tokens": tokens, "answers": answers}
+
+
+def golden_tiles(tiling: TilingConfig) -> dict[str, np.ndarray]:
+    """The tiles of the prompts by the names of golden arrays; a prompt without pictures has none."""
+    return {f"{TILES}/{case.name}": golden.tile_all(case.images, tiling) for case in cases(tiling) if case.images}
+
+
+def ask_again(path: pathlib.Path, answers: Sequence[Mapping[str, str]], arrays: Mapping[str, np.ndarray]) -> int:
+    """How many prompts of `compare` the engine answers as it did then, or as JAX does.
+
+    Args:
+        path: of the bundle.
+        answers: as `compare` gave them.
+        arrays: with those of `golden_tiles`.
+    """
+    found = [ask(path, each["question"], arrays.get(f"{TILES}/{each['prompt']}", ())) for each in answers]
+    return sum(text in (each["engine"], each["jax"]) for text, each in zip(found, answers, strict=True))
+
+
+def _expected(made: Exported, branch: str) -> list[tuple[Case, str, int]]:
+    """Prompts with JAX's answers and how many tokens those have. The parameters are let go before the engine has its own."""
+    tokenizer, config = made.source.tokenizer, made.settings.config
+    params, found = {**made.read_encoder(branch), **made.read_decoder()}, []
+    for case in cases(config.tiling):
+        generated = golden.compute(case, config, params, tokenizer, branch, ANSWER_TOKENS).generated
+        ids = _until_stop(generated.tolist(), (tokenizer.end_of_turn, tokenizer.end_of_text))
+        found.append((case, tokenizer.decode(ids), len(ids)))
+    return found
 
 
 def _until_stop(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in stops, ids))
 
 
-def _ask(engine: ModuleType, path: pathlib.Path, question: str, tiles: Sequence[np.ndarray]) -> str:
-    """One answer of the engine on this CPU, tiles as pictures of their own."""
+def ask(path: pathlib.Path, question: str, tiles: Sequence[np.ndarray]) -> str:
+    """One answer of the engine on this CPU, tiles as pictures of their own.
+
+    Raises `ArtifactError` when litert-lm is missing, or cannot run the bundle.
+    """
+    _, engine = packages()
+    engine.set_min_log_severity(engine.LogSeverity.ERROR)
     with tempfile.TemporaryDirectory() as name:
         home, content = pathlib.Path(name), []
         for number, tile in enumerate(tiles):

@@ -94,6 +94,7 @@ def export(
         exporter.close()
         for name, report in reports.items():
             exporter.finish(name, temporary / name if len(precisions) > 1 else temporary, report)
+        artifacts.write_list(temporary, precisions)
     return reports
 
 

@@ -2,7 +2,7 @@
 
     every file's SHA-256 ─► what the manifest says ─► the golden outputs again, in the runtime of its kind
 
-A directory of several artifacts (`to_torch --encoder both`) is checked one by one.
+A directory of several artifacts (`to_torch --encoder both`) is checked one by one; its `artifacts.json` says which there must be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from hypervl_jax.architecture import DECODER
 from hypervl_jax.inference.assistant import ask
-from tools import artifacts, edge_runtime, to_torch
+from tools import artifacts, edge_runtime, litert_bundle, to_torch
 from tools.artifacts import MANIFEST, ArtifactError, Manifest
 from tools.edge_parity import snr
 from tools.edge_runtime import EdgeModel
@@ -55,8 +55,10 @@ def run_torch(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, 
 
 
 def run_tflite(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """An artifact of `export_tflite` in ai-edge-litert, on this CPU."""
-    return run_edge(edge_runtime.open_model(directory), manifest, golden)
+    """An artifact of `export_tflite` in ai-edge-litert, on this CPU, and its bundles in litert-lm."""
+    found = run_edge(edge_runtime.open_model(directory), manifest, golden)
+    bundles = (name for name in sorted(manifest.files) if name.endswith(litert_bundle.SUFFIX))
+    return found | {name: _bundle(directory / name, manifest, golden) for name in bundles}
 
 
 def run_qnn(directory: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -104,6 +106,12 @@ def _compressor(model: EdgeModel, manifest: Manifest, golden: Mapping[str, np.nd
     return _near(manifest, COMPRESSOR, golden[f"{COMPRESSOR}/log_area"], areas)
 
 
+def _bundle(path: pathlib.Path, manifest: Manifest, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    answers = manifest.parity[path.name]["answers"]
+    equal = litert_bundle.ask_again(path, answers, golden)
+    return {"answers_equal": equal, "of": len(answers), "passed": equal == len(answers)}
+
+
 def _near(manifest: Manifest, part: str, expected: np.ndarray, found: np.ndarray) -> dict[str, Any]:
     ratio = snr(expected, found)
     return {"snr_db": ratio, "passed": ratio >= manifest.parity[part]["snr_db"] - SNR_SLACK}
@@ -144,6 +152,9 @@ def artifacts_in(directory: pathlib.Path) -> list[pathlib.Path]:
     if (directory / MANIFEST).exists():
         return [directory]
     found = sorted(path for path in directory.glob("*/") if not path.name.startswith("."))
+    lost = sorted(set(artifacts.read_list(directory)) - {path.name for path in found})
+    if lost:
+        raise ArtifactError(f"{directory} has lost {' and '.join(lost)}, which stand in its {artifacts.LIST}")
     without = [path.name for path in found if not (path / MANIFEST).exists()]
     if len(without) == len(found):
         raise ArtifactError(
@@ -197,6 +208,8 @@ def _outcome(found: Any) -> str:
         return found
     if "snr_db" in found:
         return f"run, {found['snr_db']:.1f} dB"
+    if "answers_equal" in found:
+        return f"run, {found['answers_equal']} of {found['of']} answers"
     return f"run, {found['top1']} of {found['of']} tokens" if "top1" in found else "run"
 
 

@@ -1,6 +1,7 @@
 """Artifacts appear whole or not at all, and any change of a file is found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,20 @@ def test_several_artifacts_are_checked_one_by_one(artifact: Path, tmp_path: Path
     assert status == 1
     assert "made: litert-qnn, 3 files, golden outputs not run: weights has other content" in said
     assert "sound: litert-qnn, 0 files, golden outputs not run: as the manifest says" in said
+
+
+def test_an_artifact_that_was_deleted_whole_is_missed(tmp_path: Path, capsys) -> None:
+    with artifacts.writing(tmp_path / "both") as home:
+        for name in ("one", "two"):
+            (home / name).mkdir()
+            artifacts.write_manifest(home / name, EMPTY)
+        artifacts.write_list(home, ("one", "two"))
+    both = tmp_path / "both"
+    assert check(both, capsys)[0] == 0
+    shutil.rmtree(both / "two")
+    assert check(both, capsys) == (1, f"error: {both} has lost two, which stand in its artifacts.json\n")
+    (both / "artifacts.json").write_text("{")
+    assert "artifacts.json is damaged" in check(both, capsys)[1]
 
 
 def write_half(output: Path) -> None:

@@ -57,6 +57,21 @@ def test_a_picture_is_measured_in_tiles_and_whole(run: Path, capsys: pytest.Capt
     assert all(row["snr_db"] > 100 for row in rows)
 
 
+def test_a_runtime_that_fails_does_not_end_the_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process of its own finds an ONNX Runtime that raises without words, as TFLite does where memory ends."""
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["--checkpoint", str(run), "--parts", "encoder", "--runtimes", "onnx,tflite", "--precisions", "float32"]
+    assert benchmark_edge.main([*words, "--repeats", "1", "--json"]) == 1
+    captured = capsys.readouterr()
+    found = json.loads(captured.out.splitlines()[-1])
+    assert [row["runtime"] for row in found["rows"]] == ["tflite"]
+    assert captured.err.splitlines()[-1] == f"error: {found['failed'][0]}"
+    assert found["failed"][0].startswith("encoder in onnx, float32: RuntimeError without a reason")
+
+
 def test_what_cannot_be_measured_is_one_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (("--checkpoint", "nowhere"), "nowhere"),

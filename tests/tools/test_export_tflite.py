@@ -18,6 +18,7 @@ from hypervl_jax.vision.pixels import normalise_pixels
 from tests.tools.runs import CONFIG, random_like, write_run
 from tools import artifacts, edge_runtime, export_tflite, run_tflite, verify_artifact
 from tools.edge_calibration import MOST_FEEDS, Recorder
+from tools.edge_graphs import HEAD_GROUP
 from tools.edge_parity import snr
 from tools.edge_runtime import open_signatures
 from tools.edge_sources import Request, part_graphs, read
@@ -69,6 +70,22 @@ def test_weights_are_stored_once_and_in_as_many_bits_as_they_say(exported: tuple
     assert 0 < size["float32"] - 4 * (layers + head) < 300_000
     assert 0 < size["int8"] - (layers + head) < 300_000
     assert 0 < size["int4"] - (layers // 2 + head) < 300_000
+
+
+@NEEDS_CONVERTER
+def test_no_more_heads_of_a_tower_attend_at_once_than_a_group(exported: tuple[Path, dict]) -> None:
+    """The converter makes one product of those that are joined one after another, and holds the weights of all heads for it."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(exported[0] / "float32" / "encoder_base.tflite"))
+    patches = CONFIG.vision_base.num_patches
+    attention = [
+        tuple(map(int, found["shape"]))
+        for found in interpreter.get_tensor_details()
+        if tuple(found["shape"][-2:]) == (patches, patches) and len(found["shape"]) > 2
+    ]
+    assert {shape[0] for shape in attention} == {HEAD_GROUP}
+    assert CONFIG.vision_base.num_heads > HEAD_GROUP
 
 
 @NEEDS_CONVERTER

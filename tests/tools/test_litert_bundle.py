@@ -17,7 +17,7 @@ from hypervl_jax.text.tokenizer_json import write_tokenizer_json
 from hypervl_jax.vision.anyres import plan_image
 from tests.tools import runs
 from tests.tools.runs import CONFIG, random_like
-from tools import artifacts, export_tflite, litert_bundle
+from tools import artifacts, export_tflite, litert_bundle, verify_artifact
 
 NEEDS_ENGINE = pytest.mark.skipif(
     not {"litert-converter", *litert_bundle.PACKAGES} <= set(artifacts.versions(export_tflite.PACKAGES)),
@@ -59,7 +59,12 @@ def test_the_engine_answers_as_jax_does(run: Path, capsys: pytest.CaptureFixture
     # Text, one tile and two; the random model hardly ever stops.
     assert found["answers_equal"] == found["of"] == 3
     assert found["tokens"] > 2 * litert_bundle.ANSWER_TOKENS
-    assert artifacts.read_manifest(output).files["base.litertlm"]["bytes"] == report["bytes"]["base.litertlm"]
+    manifest, arrays = artifacts.read_manifest(output), artifacts.read_golden(output)
+    assert manifest.files["base.litertlm"]["bytes"] == report["bytes"]["base.litertlm"]
+    assert verify_artifact.verify(output)["ran"]["base.litertlm"] == {"answers_equal": 3, "of": 3, "passed": True}
+    # Asked with the tiles of another prompt, the same bundle answers something else.
+    other = {**arrays, "bundle/one_tile": arrays["bundle/two_tiles"][:1]}
+    assert litert_bundle.ask_again(output / "base.litertlm", manifest.parity["base.litertlm"]["answers"], other) == 2
 
 
 @NEEDS_ENGINE
