@@ -410,8 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return RUN_ERROR
     print(ablation_page(values), file=sys.stderr if options.json else sys.stdout)
-    for warning in values["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+    failure_signs.tell(values["warnings"])
     if options.json:
         print(json.dumps(values))
     return SUCCESS

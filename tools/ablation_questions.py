@@ -12,7 +12,7 @@ from data_pipelines.sources import Source
 from hypervl_jax.architecture import require
 from hypervl_jax.evaluation.benchmark_files import read_task
 from hypervl_jax.evaluation.benchmarks import HeldoutTask, Item, heldout_task
-from hypervl_jax.evaluation.registry import benchmark
+from hypervl_jax.evaluation.registry import benchmark, file_name
 from hypervl_jax.evaluation.runs import names
 from hypervl_jax.inference.assistant import Assistant
 from hypervl_jax.text.conversation import Turn
@@ -49,7 +49,7 @@ def read_questions(options: argparse.Namespace, assistant: Assistant) -> tuple[p
     root, output = pathlib.Path(options.data), pathlib.Path(options.output)
     chosen = names(options.tasks)
     require(bool(chosen), "give at least one of --tasks")
-    files = [name for name in chosen if (root / f"{name}.tsv").exists()]
+    files = [file for file in map(file_name, chosen) if (root / f"{file}.tsv").exists()]
     require(
         len(files) in (0, len(chosen)),
         f"{root} holds benchmark files of {', '.join(files)} only; ask for one kind of task",

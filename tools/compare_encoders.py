@@ -27,6 +27,7 @@ from data_pipelines.sources import Source
 from data_pipelines.transforms import fill_row
 from experiments import storage
 from hypervl_jax.architecture import BRANCHES, TilingConfig, require
+from hypervl_jax.evaluation import failure_signs
 from hypervl_jax.evaluation.analysis import percent
 from hypervl_jax.evaluation.benchmarks import (
     BATCH_ROWS,
@@ -100,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="items of each task that the page shows (default: %(default)s)",
     )
-    add("--least-agreement", type=float, default=0.9, metavar="SHARE", help="warn below it (default: %(default)s)")
+    least = failure_signs.LEAST_AGREEMENT
+    add("--least-agreement", type=float, default=least, metavar="SHARE", help="warn below it (default: %(default)s)")
     add("--output", metavar="DIR", help="(default: comparison/ beside the checkpoints)")
     add("--json", action="store_true", help="print everything as one JSON object on the last line")
     return made
@@ -325,8 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=options.json)
     console.print(to_table(rows))
     console.print(f"page: {(home / PAGE).absolute()}", highlight=False, soft_wrap=True)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    failure_signs.tell(warnings)
     if options.json:
         print(json.dumps(values))
     return SUCCESS

@@ -18,8 +18,8 @@ from data_pipelines.records import PARAPHRASE_SEPARATOR, Record, RecordError, co
 from data_pipelines.sources import Source
 from experiments import storage
 from hypervl_jax.architecture import ConfigError, require
-from hypervl_jax.evaluation import analysis
-from hypervl_jax.evaluation.benchmarks import Item, ItemResult, ResultsError, ResultsFile, heldout_task
+from hypervl_jax.evaluation import analysis, failure_signs
+from hypervl_jax.evaluation.benchmarks import Item, ItemResult, ResultsError, ResultsFile, group, heldout_task
 from hypervl_jax.evaluation.runs import (
     RESULTS,
     SUMMARY,
@@ -161,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with storage.explained():
             rows = run(options)
-            values = analysis.summary(rows)
+            values = {**analysis.summary(rows), "warnings": failure_signs.of_results(group(rows))}
             write_json(output_directory(options) / SUMMARY, values)
+            failure_signs.tell(values["warnings"])
     except EXPLAINED as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

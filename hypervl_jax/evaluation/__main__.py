@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hypervl_jax.architecture import ConfigError, require
-from hypervl_jax.evaluation import analysis
+from hypervl_jax.evaluation import analysis, failure_signs
 from hypervl_jax.evaluation.benchmark_files import (
     BenchmarkFileError,
     parse_scores,
@@ -149,7 +149,8 @@ def summary(found: Evaluated, given: Mapping[str, float]) -> dict[str, Any]:
         parts, average = opencompass_average({**known, **given})
         averages.append({"encoder": encoder, "alpha": alpha, "parts": parts, "average": average})
     said = analysis.summary(found.rows)
-    return {"table": table, "opencompass": averages, "savings": said["savings"], "agreement": said["agreement"]}
+    kept = {name: said[name] for name in ("savings", "agreement")}
+    return {"table": table, "opencompass": averages, **kept, "warnings": failure_signs.of_results(groups)}
 
 
 def write_all(found: Evaluated, values: Mapping[str, Any], options: argparse.Namespace) -> None:
@@ -196,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = run(options)
         values = summary(found, given)
         write_all(found, values, options)
+        failure_signs.tell(values["warnings"])
     except refused as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

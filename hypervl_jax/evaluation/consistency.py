@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hypervl_jax.architecture import BRANCHES
-from hypervl_jax.evaluation.analysis import percent
+from hypervl_jax.evaluation.failure_signs import branch_imbalance
 from hypervl_jax.evaluation.metrics import normalise
 from hypervl_jax.evaluation.statistics import Estimate, bootstrap_interval, mean_interval, wilson_interval
 
@@ -105,11 +105,9 @@ def imbalance_warnings(rows: Sequence[TaskComparison], least_agreement: float) -
     """The failure sign of the two branches, with the measured values: tasks whose share of same answers lies wholly, with its
     interval, below `least_agreement`.
     """
-    return [
-        f"branch imbalance: outputs differ when switching encoders: on {row.task} {percent(row.same_answer)} % of "
-        f"{len(row.items)} answers are the same, at least {100 * least_agreement:g} % is expected (KL {row.kl.mean:.3f} nats, "
-        f"loss base {row.cross_entropy['base'].mean:.3f}, large {row.cross_entropy['large'].mean:.3f}); train longer with DCL, or "
-        "compare the branches' scores"
-        for row in rows
-        if row.same_answer.high < least_agreement
-    ]
+    found = []
+    for row in rows:
+        losses = ", ".join(f"{branch} {row.cross_entropy[branch].mean:.3f}" for branch in BRANCHES)
+        measured = f" (KL {row.kl.mean:.3f} nats, loss {losses})"
+        found += branch_imbalance(row.task, row.same_answer, len(row.items), least_agreement, measured)
+    return found

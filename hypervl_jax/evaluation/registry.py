@@ -97,6 +97,16 @@ OPENCOMPASS: Mapping[str, tuple[str, ...]] = {
 }
 """The eight scores of OpenCompass's average and the files whose mean each of them is."""
 
+SHORT_NAMES = {
+    "ChartQA": "ChartQA_TEST",
+    "DocVQA": "DocVQA_VAL",
+    "InfoVQA": "InfoVQA_VAL",
+    "AI2D": "AI2D_TEST",
+    "MathVista": "MathVista_MINI",
+    "MMMU": "MMMU_DEV_VAL",
+}
+"""Benchmarks as papers name them, and the files that stand for them."""
+
 OPENCOMPASS_NAME = "opencompass"
 PAPER_AVERAGE = 64.5
 """HyperVL's published average of the eight (arXiv 2512.14052, 1.8B)."""
@@ -108,10 +118,16 @@ def benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def file_name(name: str) -> str:
+    """The file of a benchmark by either of its names; any other name as it is."""
+    return SHORT_NAMES.get(name, name)
+
+
 def expand(names: Sequence[str]) -> list[str]:
-    """Names with `opencompass` replaced by its nine files, each once, in order."""
+    """Names of files, `opencompass` replaced by its nine, each once, in order."""
     every = [file for files in OPENCOMPASS.values() for file in files]
-    return list(dict.fromkeys(file for name in names for file in (every if name == OPENCOMPASS_NAME else [name])))
+    files = (file for name in names for file in (every if name == OPENCOMPASS_NAME else [file_name(name)]))
+    return list(dict.fromkeys(files))
 
 
 def is_scored(task: Benchmark, items: Sequence[Item]) -> bool:

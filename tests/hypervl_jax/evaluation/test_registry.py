@@ -14,6 +14,7 @@ from hypervl_jax.evaluation.registry import (
     OPENCOMPASS,
     benchmark,
     benchmark_score,
+    expand,
     is_scored,
     opencompass_average,
 )
@@ -87,3 +88,8 @@ def test_files_without_answers_are_not_scored() -> None:
     assert not is_scored(benchmark("MMBench_TEST_EN_V11"), [secret])
     assert is_scored(benchmark("MMBench_DEV_EN_V11"), [examples.item(0)])
     assert not is_scored(benchmark("MMVet"), [examples.item(0)])
+
+
+def test_benchmarks_have_the_names_of_papers_too() -> None:
+    assert expand(["DocVQA", "OCRBench", "DocVQA_VAL", "ChartQA"]) == ["DocVQA_VAL", "OCRBench", "ChartQA_TEST"]
+    assert len(expand(["opencompass", "AI2D"])) == 9
