@@ -76,7 +76,7 @@ class Scale:
     exploratory: bool = False
 
 
-STUDY = Scale("study", stage1=1500, reference=4500, arms=1000, labels=1000, compressor=400)
+STUDY = Scale("study", stage1=1500, reference=4500, arms=700, labels=1000, compressor=400)
 SCALES = {
     "smoke": Scale("study_test", 60, 60, 60, labels=20, compressor=40, seeds=(0,), items=8),
     "study": STUDY,
