@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _MAX_CHARACTERS = 100_000
 """tiktoken's expressions run out of stack in a million spaces."""
 
+_SHORT, _SHORT_TEXTS = 64, 4096
+"""Characters of a text whose ids are kept, and how many are kept: what the chat template writes stands in every sample."""
+
 _UNSET = {
     "BPE": ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"),
     "ByteLevel": ("add_prefix_space", "use_regex"),
@@ -43,6 +46,7 @@ class BulkTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._tokenizer, self._normalise = tokenizer, normalizers.NFC().normalize_str
+        self._short = functools.lru_cache(_SHORT_TEXTS)(lambda text: tuple(self._encode(text)))
         for name in Tokenizer.__annotations__:
             setattr(self, name, getattr(tokenizer, name))
 
@@ -51,8 +55,12 @@ class BulkTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in the text stay text."""
-        pieces, added = self._pieces
-        if pieces is None or len(text) > _MAX_CHARACTERS or any(map(text.__contains__, added)):
+        return list(self._short(text)) if len(text) <= _SHORT else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        pieces, starts, added = self._pieces
+        named = any(map(text.__contains__, starts)) and any(map(text.__contains__, added))
+        if pieces is None or named or len(text) > _MAX_CHARACTERS:
             return self._tokenizer.encode(text)
         return pieces.encode_ordinary(text if text.isascii() else self._normalise(text))
 
@@ -65,11 +73,12 @@ class BulkTokenizer(Tokenizer):
         self._tokenizer.save(directory)
 
     @functools.cached_property
-    def _pieces(self) -> tuple[tiktoken.Encoding | None, tuple[str, ...]]:
-        """tiktoken's tables, None where they could give other ids, and the added tokens."""
+    def _pieces(self) -> tuple[tiktoken.Encoding | None, tuple[str, ...], tuple[str, ...]]:
+        """tiktoken's tables, None where they could give other ids, and the added tokens after what they begin with."""
         raw = json.loads(self._tokenizer.file_bytes)
         added = tuple(token["content"] for token in raw["added_tokens"])
-        return (_encoding(raw) if _is_plain(raw) else None), added
+        starts = tuple(sorted({token[:1] for token in added}))
+        return (_encoding(raw) if _is_plain(raw) else None), starts, added
 
 
 def _is_plain(raw: Mapping[str, Any]) -> bool:

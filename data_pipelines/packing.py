@@ -113,7 +113,7 @@ def _fullest(pending: list[Sample], free: Budget) -> list[int]:
     reachable = [1] + [0] * free.tiles
     history = [reachable]
     for sample in pending:
-        if any(sums & full for sums in reachable):
+        if max(reachable) >= full:
             break
         if sample.tiles <= free.tiles:
             skipped = len(reachable) - sample.tiles

@@ -17,11 +17,11 @@ from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import ConversationError, EncodedConversation, encode_conversation
 from hypervl_jax.text.tokenizer import Tokenizer
 from hypervl_jax.training.batch import TEXT_POSITION, Batch
-from hypervl_jax.vision.anyres import write_tiles
-from hypervl_jax.vision.decoding import UndecodableImage, decode_image
+from hypervl_jax.vision.anyres import ImagePlan, Picture, picture_size, write_tiles
+from hypervl_jax.vision.decoding import UndecodableImage, decode_image, decode_picture
 
-DecodeImage = Callable[[bytes], UInt8[np.ndarray, "h w 3"]]
-"""An image file's bytes to RGB; raises `UndecodableImage`. The array is only read."""
+DecodeImage = Callable[[bytes], Picture]
+"""An image file's bytes to its pixels; raises `UndecodableImage`. They are only read."""
 
 
 class FailureReason(enum.IntEnum):
@@ -47,7 +47,7 @@ def fill_row(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     tiling: TilingConfig,
-    decode: DecodeImage = decode_image,
+    decode: DecodeImage | None = None,
 ) -> list[Failure]:
     """Writes the samples of one row into it, one after the other.
 
@@ -60,7 +60,7 @@ def fill_row(
         sources: of the mixture, by number.
         tokenizer: of the run.
         tiling: of the run.
-        decode: `decode_image`, or one that remembers, for a caller that lays the same images out again and again.
+        decode: one that remembers, for a caller that lays the same images out again and again; else `decode_for` each plan.
 
     Returns:
         The samples that failed, in order.
@@ -113,24 +113,30 @@ def _read(
 
 
 def _write_images(
-    sample: Sample, text: PartSample, decode: DecodeImage, tiles: UInt8[np.ndarray, "t s s 3"]
+    sample: Sample, text: PartSample, decode: DecodeImage | None, tiles: UInt8[np.ndarray, "t s s 3"]
 ) -> EncodedConversation | Failure:
     """Writes the tiles of all images of a sample, one after the other, and gives its text. After a failure `tiles` may hold anything."""
     first = 0
     for image, plan in zip(text.images, text.plans, strict=True):
         try:
-            rgb = decode(image)
+            picture = decode(image) if decode else decode_for(image, plan)
         except UndecodableImage as error:
             return Failure(sample.source, FailureReason.IMAGE, f"record {sample.record}: {error}")
-        if rgb.shape[:2] != (plan.source_height, plan.source_width):
+        size = picture_size(picture)
+        if size != (plan.source_height, plan.source_width):
             return Failure(
                 sample.source,
                 FailureReason.RECORD,
-                f"record {sample.record}: an image of {rgb.shape[:2]} pixels, its index says {(plan.source_height, plan.source_width)}; make the source again",
+                f"record {sample.record}: an image of {size} pixels, its index says {(plan.source_height, plan.source_width)}; make the source again",
             )
-        write_tiles(rgb, plan, tiles[first : first + plan.tiles])
+        write_tiles(picture, plan, tiles[first : first + plan.tiles])
         first += plan.tiles
     return text.conversation
+
+
+def decode_for(image: bytes, plan: ImagePlan) -> Picture:
+    """The pixels of an image file, held so that what its plan does with them takes the fewest copies. Raises `UndecodableImage`."""
+    return decode_picture(image) if plan.scales else decode_image(image)
 
 
 def _write_tokens(row: Batch, place: slice, conversation: EncodedConversation, first_slot: int) -> None:

@@ -20,10 +20,10 @@ from data_pipelines.lanes import LaneLoader
 from data_pipelines.packing import Sample
 from data_pipelines.records import Record
 from data_pipelines.streams import Lane, Mixture
+from data_pipelines.transforms import decode_for
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.conversation import encode_conversation
 from hypervl_jax.vision.anyres import ImagePlan, resize, write_tiles
-from hypervl_jax.vision.decoding import decode_image
 
 STEPS = ("pack", "read", "tokenise", "decode", "resize", "tile")
 WHOLE, BARE, BARE_PILLOW = "whole pipeline", "bare decode + resize", "bare decode + resize, Pillow alone"
@@ -141,11 +141,11 @@ def _time_row(row: Sequence[Sample], plans: Sequence[Sequence[ImagePlan]], mixtu
 def _time_image(image: bytes, plan: ImagePlan, tiling: TilingConfig, clock: Clock) -> None:
     """Decodes, resizes and tiles one image; a thumbnail counts as resizing."""
     with clock("decode"):
-        rgb = decode_image(image)
+        picture = decode_for(image, plan)
     with clock("resize"):
-        content = resize(rgb, plan.height, plan.width)
+        content = resize(picture, plan.height, plan.width)
         if plan.thumbnail_height:
-            resize(rgb, plan.thumbnail_height, plan.thumbnail_width)
+            resize(picture, plan.thumbnail_height, plan.thumbnail_width)
     scaled = dataclasses.replace(
         plan, source_height=plan.height, source_width=plan.width, thumbnail_height=0, thumbnail_width=0
     )
@@ -169,10 +169,10 @@ def bare_seconds(work: Work) -> Counter[str]:
     clock = Clock()
     for image, plan in work.pictures():
         with clock(BARE):
-            rgb = decode_image(image)
-            resize(rgb, plan.height, plan.width)
+            picture = decode_for(image, plan)
+            resize(picture, plan.height, plan.width)
             if plan.thumbnail_height:
-                resize(rgb, plan.thumbnail_height, plan.thumbnail_width)
+                resize(picture, plan.thumbnail_height, plan.thumbnail_width)
         with clock(BARE_PILLOW):
             _pillow(image, plan)
     return clock.seconds

@@ -22,7 +22,7 @@ from jaxtyping import Float32, Int32
 
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.text.tokenizer import Tokenizer
-from hypervl_jax.vision.anyres import ImagePlan, prompt_tokens, row_breaks, visual_slots
+from hypervl_jax.vision.anyres import ImagePlan, prompt_tokens, row_breaks, separator_count, visual_slots
 
 IMAGE_SLOT = "<image>"
 """Marks in a user turn where an image goes."""
@@ -195,28 +195,29 @@ def _expand(
         raise ConversationError(
             f"{slots} image slots ({IMAGE_SLOT}) but {len(plans)} images; write one slot in a user turn for each image"
         )
-    remaining, first_tile = iter(plans), 0
-    tokens, weights, visual = [], [], []
+    length = sum(len(span.ids) for span in spans) + sum(prompt_tokens(plan, tiling) for plan in plans)
+    tokens, weights = np.empty(length, np.int32), np.zeros(length, np.float32)
+    visual = np.full(length, TEXT_POSITION, np.int32)
+    remaining, start, first_tile = iter(plans), 0, 0
     for span in spans:
-        tokens.append(np.asarray(span.ids, np.int32))
-        weights.append(np.full(len(span.ids), span.weight, np.float32))
-        visual.append(np.full(len(span.ids), TEXT_POSITION, np.int32))
+        end = start + len(span.ids)
+        tokens[start:end], weights[start:end] = span.ids, span.weight
+        start = end
         if span.opens_image:
             plan = next(remaining)
-            index = _image_positions(plan, first_tile, tiling)
-            tokens.append(np.where(index == TEXT_POSITION, _separator(tokenizer), tokenizer.image).astype(np.int32))
-            weights.append(np.zeros(len(index), np.float32))
-            visual.append(index)
-            first_tile += plan.tiles
-    return EncodedConversation(np.concatenate(tokens), np.concatenate(weights), np.concatenate(visual))
+            end += prompt_tokens(plan, tiling)
+            visual[start:end] = _image_positions(plan, first_tile, tiling)
+            tokens[start:end] = tokenizer.image
+            if separator_count(plan, tiling):
+                tokens[start:end][visual[start:end] == TEXT_POSITION] = _separator(tokenizer)
+            start, first_tile = end, first_tile + plan.tiles
+    return EncodedConversation(tokens, weights, visual)
 
 
 def _image_positions(plan: ImagePlan, first_tile: int, tiling: TilingConfig) -> Int32[np.ndarray, "v"]:
     """`visual_index` of one image: its slots, with -1 where a separator stands."""
-    slots = visual_slots(plan, tiling) + first_tile * tiling.tokens_per_tile
-    positions = np.insert(slots, row_breaks(plan, tiling), TEXT_POSITION)
-    assert len(positions) == prompt_tokens(plan, tiling)
-    return positions.astype(np.int32)
+    slots = visual_slots(plan, tiling) + np.int32(first_tile * tiling.tokens_per_tile)
+    return np.insert(slots, row_breaks(plan, tiling), TEXT_POSITION) if separator_count(plan, tiling) else slots
 
 
 def _separator(tokenizer: Tokenizer) -> int:

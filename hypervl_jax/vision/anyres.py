@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -30,6 +31,9 @@ from hypervl_jax.architecture import TilingConfig
 
 ALPHA_UNIT = 1000
 """α is held as an integer number of thousandths."""
+
+Picture: TypeAlias = UInt8[np.ndarray, "h w 3"] | Image.Image
+"""Pixels as an array, or as Pillow holds them (mode RGB, or L for grey): scaling begins and ends there."""
 
 PADDING_BYTE = 128
 """Byte of padded pixels. SigLIP2 normalises x / 127.5 - 1, so 128 is +0.004, the paper's "zero" after normalisation; byte 0
@@ -62,6 +66,11 @@ class ImagePlan:
     tokens: int
     thumbnail_height: int
     thumbnail_width: int
+
+    @property
+    def scales(self) -> bool:
+        """Whether the content has another size than the image."""
+        return (self.height, self.width) != (self.source_height, self.source_width)
 
 
 def alpha_to_milli(alpha: float) -> int:
@@ -161,11 +170,10 @@ def visual_slots(plan: ImagePlan, tiling: TilingConfig) -> Int32[np.ndarray, "v"
 
 def _grid_slots(cell_rows: int, cell_columns: int, columns: int, tiling: TilingConfig) -> Int32[np.ndarray, "v"]:
     side = tiling.tile_size // tiling.cell_size
-    tile_row, row = np.divmod(np.arange(cell_rows, dtype=np.int32)[:, None], side)
-    tile_column, column = np.divmod(np.arange(cell_columns, dtype=np.int32)[None, :], side)
-    slots = (tile_row * columns + tile_column) * tiling.tokens_per_tile + row * side + column
-    # Slots are numbered in sequence order, so sorting turns image order into sequence order.
-    return np.sort(slots, axis=None).astype(np.int32)
+    rows = _ceil_div(cell_rows, side)
+    in_rows = (np.arange(rows * side) < cell_rows).reshape(rows, 1, side, 1)
+    in_columns = (np.arange(columns * side) < cell_columns).reshape(columns, 1, side)
+    return np.flatnonzero(in_rows & in_columns).astype(np.int32)
 
 
 def row_breaks(plan: ImagePlan, tiling: TilingConfig) -> Int32[np.ndarray, "r"]:
@@ -204,27 +212,47 @@ def tile_image(rgb: UInt8[np.ndarray, "h w 3"], plan: ImagePlan, tiling: TilingC
     return tiles
 
 
-def write_tiles(rgb: UInt8[np.ndarray, "h w 3"], plan: ImagePlan, tiles: UInt8[np.ndarray, "t s s 3"]) -> None:
+def write_tiles(picture: Picture, plan: ImagePlan, tiles: UInt8[np.ndarray, "t s s 3"]) -> None:
     """`tile_image` into the first `plan.tiles` of `tiles`, whatever they hold: a pixel that needs no scaling is copied once.
 
     Raises:
-        ValueError: `rgb` is not the image that was planned.
+        ValueError: `picture` is not the image that was planned.
     """
-    if rgb.dtype != np.uint8 or rgb.shape != (plan.source_height, plan.source_width, 3):
+    if picture_size(picture) != (plan.source_height, plan.source_width):
         raise ValueError(
-            f"image is {rgb.dtype} {rgb.shape}, its plan is for uint8 {(plan.source_height, plan.source_width, 3)}; plan the decoded size"
+            f"image is {picture_size(picture)}, its plan is for {(plan.source_height, plan.source_width)}; plan the decoded size"
         )
     grid = plan.rows * plan.columns
-    _cut(resize(rgb, plan.height, plan.width), plan.columns, tiles[:grid])
+    _cut(resize(picture, plan.height, plan.width), plan.columns, tiles[:grid])
     if plan.thumbnail_height:
-        _cut(resize(rgb, plan.thumbnail_height, plan.thumbnail_width), 1, tiles[grid : grid + 1])
+        _cut(resize(picture, plan.thumbnail_height, plan.thumbnail_width), 1, tiles[grid : grid + 1])
 
 
-def resize(rgb: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Antialiased bilinear resize; the same array when the size already fits."""
-    if rgb.shape[:2] == (height, width):
-        return rgb
-    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR))
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """(height, width) in pixels.
+
+    Raises:
+        ValueError: an array of another kind than uint8 with three channels, or an image of another mode than RGB or L.
+    """
+    if isinstance(picture, Image.Image):
+        width, height = picture.size
+        known, kind = picture.mode in ("RGB", "L"), picture.mode
+    else:
+        height, width = picture.shape[:2]
+        known, kind = picture.dtype == np.uint8 and picture.shape[2:] == (3,), f"{picture.dtype} {picture.shape}"
+    if not known:
+        raise ValueError(f"a picture is uint8 [height, width, 3], or an image of mode RGB or L; this is {kind}")
+    return height, width
+
+
+def resize(picture: Picture, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Antialiased bilinear resize, of each channel by itself; the same pixels when the size already fits."""
+    image = picture if isinstance(picture, Image.Image) else None
+    if picture_size(picture) != (height, width):
+        image = (image or Image.fromarray(picture)).resize((width, height), Image.Resampling.BILINEAR)
+    if image is None:
+        return picture
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _cut(content: UInt8[np.ndarray, "h w 3"], columns: int, tiles: UInt8[np.ndarray, "t s s 3"]) -> None:

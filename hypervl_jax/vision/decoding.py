@@ -13,6 +13,7 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
@@ -83,52 +84,86 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray,
     """
     image = _open(data, max_pixels)
     orientation = _orientation(image)
-    rgb = _jpeg_pixels(data) if image.format in _JPEG_KINDS and image.mode in _JPEG_MODES else None
+    rgb = _jpeg_pixels(data, "RGB") if _is_plain_jpeg(image) else None
     if rgb is None:
-        rgb = _pillow_pixels(image)
+        rgb = np.array(_rgb(_loaded(image)), dtype=np.uint8)
     return _upright(rgb, orientation)
 
 
-def _jpeg_pixels(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+def decode_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The pixels of `decode_image` in Pillow's own memory, of mode RGB, or L where all are grey: for pictures that are to be scaled.
+
+    Pillow keeps four bytes a pixel. What its decoders give stays where it is, a JPEG file is decoded into four bytes, and grey
+    pictures are scaled as one channel.
+
+    Raises:
+        UndecodableImage: as `decode_image`.
+    """
+    image = _open(data, max_pixels)
+    orientation = _orientation(image)
+    pixels = _jpeg_pixels(data, "GRAY" if image.mode == "L" else "RGBX") if _is_plain_jpeg(image) else None
+    if pixels is None:
+        image = _loaded(image)
+        if orientation not in _FLIPS:
+            return image
+        pixels = np.atleast_3d(np.asarray(image))
+    return _picture(_upright(pixels, orientation))
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format in _JPEG_KINDS and image.mode in _JPEG_MODES
+
+
+def _jpeg_pixels(data: bytes, colours: str) -> UInt8[np.ndarray, "h w c"] | None:
     """Pixels of a JPEG file in grey or colour; None where libjpeg warns of what cost no pixel: Pillow then decides.
 
     Raises:
         UndecodableImage: the file ends early, or a scan is damaged, so that part of the picture would be grey or noise.
     """
     try:
-        return simplejpeg.decode_jpeg(data)
+        return simplejpeg.decode_jpeg(data, colours)
     except ValueError as error:
         warning = str(error)
     if warning == _NO_END:
-        return _jpeg_without_end(data)
+        return _jpeg_without_end(data, colours)
     if _LOST_PIXELS.match(warning):
         raise UndecodableImage("corrupt", warning)
     return None
 
 
-def _jpeg_without_end(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+def _jpeg_without_end(data: bytes, colours: str) -> UInt8[np.ndarray, "h w c"]:
     """Pixels of a JPEG file that lacks nothing but its end marker: with the marker the decoder misses no data."""
     try:
-        return simplejpeg.decode_jpeg(data + _END_OF_IMAGE)
+        return simplejpeg.decode_jpeg(data + _END_OF_IMAGE, colours)
     except ValueError as error:
         raise UndecodableImage("truncated", str(error)) from error
 
 
-def _pillow_pixels(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+def _loaded(image: Image.Image) -> Image.Image:
+    """An opened image, decoded by Pillow, of mode RGB or L."""
     try:
         image.load()
-        return np.array(_to_rgb(image), dtype=np.uint8)
+        return image if image.mode == "L" and not image.has_transparency_data else _to_rgb(image)
     except Exception as error:  # decoders raise many types on damaged data
         raise _failure(error) from error
 
 
-def _upright(rgb: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
+def _upright(pixels: UInt8[np.ndarray, "h w c"], orientation: int) -> UInt8[np.ndarray, "H W c"]:
     """The pixels as EXIF `orientation` (1 to 8) wants them shown; anything else changes nothing."""
     if orientation not in _FLIPS:
-        return rgb
+        return pixels
     transposed, rows, columns = _FLIPS[orientation]
-    turned = rgb.transpose(1, 0, 2) if transposed else rgb
+    turned = pixels.transpose(1, 0, 2) if transposed else pixels
     return np.ascontiguousarray(turned[::rows, ::columns])
+
+
+def _picture(pixels: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    """An image of one channel, of three, or of three with a fourth byte that means nothing, which is not copied."""
+    height, width, channels = pixels.shape
+    if channels < 4:
+        return Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), channels)
+    return Image.fromarrow(flat, "RGB", (width, height))
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -194,4 +229,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hypervl_jax.architecture import TilingConfig
 from hypervl_jax.vision.anyres import (
@@ -19,6 +20,7 @@ from hypervl_jax.vision.anyres import (
     separator_count,
     tile_image,
     visual_slots,
+    write_tiles,
 )
 
 DEFAULT = TilingConfig()
@@ -250,6 +252,13 @@ def test_resize_is_the_antialiased_bilinear_filter_of_torch(size: tuple[int, int
 def test_image_of_another_size_than_planned_is_refused() -> None:
     with pytest.raises(ValueError, match="plan"):
         tile_image(noise(10, 11), plan_image(11, 10, 1, SMALL), SMALL)
+
+
+def test_only_pictures_of_bytes_are_taken() -> None:
+    plan = plan_image(10, 11, 1, SMALL)
+    for other in (noise(10, 11)[..., :2], noise(10, 11).astype(np.float32), Image.new("RGBA", (11, 10))):
+        with pytest.raises(ValueError, match="a picture is uint8"):
+            write_tiles(other, plan, np.empty((plan.tiles, 16, 16, 3), np.uint8))
 
 
 @settings(max_examples=500, deadline=None)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hypervl_jax.vision.decoding import UndecodableImage, decode_image, image_size, keep_memory
+from hypervl_jax.vision.anyres import resize
+from hypervl_jax.vision.decoding import UndecodableImage, decode_image, decode_picture, image_size, keep_memory
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -216,6 +217,54 @@ def test_exif_orientation_of_a_jpeg() -> None:
     data = encode(gradient(16, 48), "JPEG", exif=exif)
     assert decode_image(data).shape == (48, 16, 3)
     assert image_size(data) == (48, 16)
+
+
+def shown_turned(image: np.ndarray | Image.Image, kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif)
+
+
+GREY = Image.fromarray(textured(61, 45)[..., 0])
+PICTURES = {
+    "JPEG": encode(textured(61, 45), "JPEG"),
+    "JPEG without its end": encode(textured(61, 45), "JPEG")[:-2],
+    "JPEG with stray bytes": encode(textured(61, 45), "JPEG")[:-2] + b"\x12\x34\xff\xd9",
+    "grey JPEG": encode(GREY, "JPEG"),
+    "CMYK JPEG": encode(Image.fromarray(textured(61, 45)).convert("CMYK"), "JPEG"),
+    "turned JPEG": shown_turned(textured(61, 45), "JPEG", 6),
+    "turned grey JPEG": shown_turned(GREY, "JPEG", 5),
+    "one pixel of a grey JPEG": encode(GREY.resize((1, 1)), "JPEG"),
+    "PNG": encode(textured(61, 45), "PNG"),
+    "grey PNG": encode(GREY, "PNG"),
+    "grey PNG with a transparent level": encode(GREY, "PNG", transparency=int(np.asarray(GREY)[0, 0])),
+    "turned PNG": shown_turned(textured(61, 45), "PNG", 8),
+    "turned grey PNG": shown_turned(GREY, "PNG", 3),
+    "16-bit PNG": deep_png(np.random.default_rng(0).integers(0, 2**16, (61, 45, 1))),
+    "transparent PNG": encode(Image.fromarray(np.dstack([textured(61, 45), textured(61, 45)[..., :1]])), "PNG"),
+    "GIF": encode(textured(61, 45), "GIF"),
+    "WebP": encode(textured(61, 45), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("size", [(61, 45), (45, 61), (20, 31), (7, 90)], ids=str)
+@pytest.mark.parametrize("data", PICTURES.values(), ids=PICTURES)
+def test_pictures_scale_to_the_bytes_that_arrays_scale_to(data: bytes, size: tuple[int, int]) -> None:
+    picture = decode_picture(data)
+    assert picture.mode in ("RGB", "L")
+    np.testing.assert_array_equal(resize(picture, *size), resize(decode_image(data), *size))
+
+
+def test_grey_pictures_stay_one_channel() -> None:
+    assert {decode_picture(PICTURES[kind]).mode for kind in ("grey JPEG", "turned grey JPEG", "grey PNG")} == {"L"}
+
+
+def test_pictures_are_refused_for_the_reasons_of_arrays() -> None:
+    data = encode(textured(96, 80), "JPEG")
+    for broken in (b"", b"not an image", data[: len(data) // 2], data[:1500] + data[2000:-600] + b"\xff\xd9"):
+        with pytest.raises(UndecodableImage) as caught:
+            decode_picture(broken)
+        assert caught.value.reason == reason_of(broken)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
