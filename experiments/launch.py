@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiments.named import config_names, config_summary
+from experiments.named import COMPRESSOR, config_names, config_summary
 
 if TYPE_CHECKING:
     from experiments.config import ExperimentConfig
@@ -40,6 +40,10 @@ overrides:
     --config.mesh=fsdp:64,tensor:4                  a mesh by its sizes, or by name (tensor4); also single fields
 """
 
+_COMPRESSOR_SUMMARY = (
+    "the compressor (VRC), from labels of `python -m tools.label_resolutions`; its own keys, see --print."
+)
+
 _EPILOG = """\
 examples:
   python -m data_pipelines.rendered --output data/embedded
@@ -50,6 +54,8 @@ examples:
       --config.initialize_from.vision_large=/mnt/siglip2-large-patch16-512 --config.initialize_from.llm=/mnt/Qwen3-1.7B
   python -m experiments.launch --config stage2 --workdir /mnt/runs/s2 --data /mnt/data/stage2 \\
       --config.initialize_from.checkpoint=/mnt/runs/s1
+  python -m experiments.launch --config compressor --workdir /mnt/runs/vrc --data /mnt/data/stage3 --config.labels=/mnt/labels \\
+      --config.checkpoint=/mnt/runs/s3 --config.backbone=v4-small --config.pretrained=/mnt/mobilenetv4_conv_small.e2400_r224_in1k
 
 resuming:
   Start the same command again. Keys that do not change what a step computes (mesh, runtime, checkpoint, heldout, accumulation,
@@ -89,8 +95,9 @@ def positive_count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line without the overrides."""
-    width = max(map(len, config_names()))
-    listed = "\n".join(f"  {name:<{width}}  {config_summary(name)}" for name in config_names())
+    summaries = {name: config_summary(name) for name in config_names()} | {COMPRESSOR: _COMPRESSOR_SUMMARY}
+    width = max(map(len, summaries))
+    listed = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
     made = argparse.ArgumentParser(
         "python -m experiments.launch",
         description=_DESCRIPTION.format(configurations=listed),
@@ -290,6 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hypervl_jax.architecture import ConfigError
 
     try:
+        if options.config == COMPRESSOR:
+            from experiments import compressor
+
+            return compressor.launch(options, overrides)
         config = resolve(options, overrides)
         workdir = pathlib.Path(options.workdir or pathlib.Path("runs") / config.name)
         if options.print:

@@ -13,8 +13,8 @@ from hypervl_jax.architecture import ConfigError
 
 DIRECTORY = pathlib.Path(__file__).parent / "configs"
 
-ELSEWHERE = {"compressor": "the compressor (VRC) is trained from labels by `python -m tools.train_compressor`"}
-"""Names that somebody may look for here, and where they are."""
+COMPRESSOR = "compressor"
+"""The configuration of `experiments.compressor`: a launch knows it, whatever trains or plans HyperVL does not."""
 
 
 def config_names() -> tuple[str, ...]:
@@ -35,6 +35,6 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         known = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-        hint = ELSEWHERE.get(name, known)
+        hint = "only a launch takes it: it trains no HyperVL" if name == COMPRESSOR else known
         raise ConfigError(f"unknown configuration {name!r}; {hint}")
     return importlib.import_module(f"experiments.configs.{name}").get_config()

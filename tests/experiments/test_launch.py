@@ -54,7 +54,11 @@ def test_help_tells_all_without_starting_jax():
     [
         ((), "--config"),
         (("--config", "tinny"), "unknown configuration 'tinny'; did you mean tiny?"),
-        (("--config", "compressor"), "trained from labels by `python -m tools.train_compressor`"),
+        (("--config", "compressor"), "compressor needs --config.labels=DIR"),
+        (("--config", "compressor", "--config.labels=x"), "compressor needs --config.checkpoint=DIR"),
+        (("--config", "compressor", "--config.training.stps=1"), "did you mean config.training.steps?"),
+        (("--config", "compressor", "--config.training.loss=l1"), "compressor loss 'l1' is not one of"),
+        (("--config", "compressor", "--process-id", "0"), "--process-id: the compressor is trained on one device"),
         (("--config", "tiny", "--wrkdir", "x"), "unknown argument --wrkdir; did you mean --workdir?"),
         (("--config", "tiny", "--config.optimizer.lr"), "--config.optimizer.lr has no value"),
         (("--config", "tiny", "--config.optimizer.learnin_rate=1"), "did you mean config.optimizer.learning_rate?"),

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from etils import epath
 
 from data_pipelines.records import PARAPHRASE_SEPARATOR, Record, content_hash
 from data_pipelines.sources import Source, read_alphas
+from experiments import launch
 from hypervl_jax.architecture import CompressorConfig, HyperVLConfig
 from hypervl_jax.models.compressor_io import abstract_compressor, load_compressor, predict_log_areas, save_compressor
 from hypervl_jax.models.hypervl import HyperVL
@@ -285,6 +287,35 @@ def test_the_commands_print_json(labelled, checkpoint, data, tmp_path, capsys, m
     assert set(json.loads(capsys.readouterr().out)["metrics"]) == {"test", "all"}
     assert train_compressor.main(command) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_launch_trains_a_compressor_once(labelled, checkpoint, data, tmp_path, capfd):
+    words = ["--config", "compressor", "--workdir", str(tmp_path / "vrc"), "--data", str(data)]
+    words += [f"--config.labels={labelled[0]}", f"--config.checkpoint={checkpoint}", "--config.training.steps=2"]
+    words += ["--config.training.batch_size=4", "--config.epsilon=0.1", f"--config.alphas={tmp_path / 'alphas.arrow'}"]
+    assert launch.main(words) == 0, capfd.readouterr().err
+    saved = load_compressor(tmp_path / "vrc")
+    assert (saved.config, saved.details["settings"]["steps"]) == (COMPRESSOR, 2)
+    assert len(read_alphas(tmp_path / "alphas.arrow")) == 16
+    assert launch.main(words) == 0
+    assert "compressor is complete" in capfd.readouterr().err
+    assert launch.main([*words, "--config.epsilon=0.2"]) == 2
+    assert "holds a compressor that differs in epsilon" in capfd.readouterr().err
+    assert launch.main([*words, "--workdir", str(tmp_path)]) == 2
+    assert "exists and holds no compressor" in capfd.readouterr().err
+    assert launch.main([*words, "--print"]) == 0
+    assert "training.steps = 2\n" in capfd.readouterr().out
+
+
+def test_labels_of_all_sources_go_beside_the_checkpoints(checkpoint, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints")
+    assert label_resolutions.main(["--checkpoint", str(run), "--data", str(data), "--limit", "2"]) == 0
+    labels, question = read_labels(run / "labels")
+    assert (len(labels), list(question["sources"])) == (4, ["one", "two"])
+    assert label_resolutions.main(["--checkpoint", str(run), "--data", str(tmp_path)]) == 2
+    assert "holds no source; give --data ROOT" in capsys.readouterr().err
+    assert label_resolutions.main(["--reference", str(run), "--data", str(data)]) == 2
 
 
 def test_a_saved_compressor_that_does_not_fit_is_refused(tmp_path):
