@@ -122,7 +122,8 @@ class Bench:
             yield Wanted(ENCODER, edge_graphs.encoder_graph(config, self.branch, self.params), _tile(side))
         for part, length in ((PREFILL, self.prefill), (DECODE, 1)):
             if part in parts:
-                graph = edge_graphs.decoder_graph(config.decoder, self.params, length, self.slots, head=length == 1)
+                weights = edge_graphs.decoder_weights(self.params)
+                graph = edge_graphs.decoder_graph(config.decoder, weights, length, self.slots, head=length == 1)
                 yield Wanted(part, graph, self._positions(length))
 
     def pictures(self, images: Sequence[int]) -> Iterator[Wanted]:
@@ -184,7 +185,7 @@ class Bench:
             path.unlink()
         if runtime == TFLITE:
             path = self.home / "graph.tflite"
-            converter().convert(lambda: [graph], path, PRECISIONS[precision].bits)
+            converter().convert(lambda: [graph.rounded(PRECISIONS[precision])], path)
             return path
         if runtime == ONNX:
             return write_onnx(graph, self.home, precision)

@@ -37,7 +37,7 @@ from hypervl_jax.models.compressor import ACTIVATIONS, GROUP_NORM_EPS
 from hypervl_jax.models.qwen3 import rotary_angles
 from hypervl_jax.vision.pixels import PIXEL_MEAN, PIXEL_STD
 from hypervl_jax.vision.resolution import alpha_from_prediction
-from tools.quantisation import QuantisedMatrix
+from tools.quantisation import Precision, QuantisedMatrix, quantise_weights
 
 HEAD_GROUP = 2
 """Heads of a tower that attend together: with 16-bit activations all at once overflow the fast memory of a Snapdragon NPU."""
@@ -59,7 +59,7 @@ class Graph:
     Attributes:
         name: of the part, and of its signature in an artifact.
         function: (weights, *inputs) -> outputs, traceable.
-        weights: float32 arrays by name, views of the model's own; matrices are [outputs, inputs].
+        weights: float32 arrays by name, views of the model's own; matrices are [outputs, inputs]. Whole numbers only for a converter.
         inputs: shapes and dtypes by name, in order.
         outputs: names, in order.
     """
@@ -75,18 +75,22 @@ class Graph:
         found = jax.jit(self.function)(dict(self.weights), *values)
         return {name: np.asarray(value) for name, value in zip(self.outputs, found, strict=True)}
 
+    def rounded(self, precision: Precision) -> Graph:
+        """The same for a converter, with matrices as whole numbers."""
+        return dataclasses.replace(self, weights=quantise_weights(self.weights, precision))
+
 
 # Parameter trees as flat views.
 
 
-def flat_weights(tree: Mapping[str, Any], num_layers: int = 0) -> dict[str, np.ndarray]:
+def flat_weights(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A parameter tree by path, scanned layers apart ("layers_01/…"), kernels of linear layers as [outputs, inputs]."""
     flat = {}
     for name, leaf in traverse_util.flatten_dict(dict(tree), sep="/").items():
         value = np.asarray(leaf)
         if name.startswith("layers/"):
-            for layer in range(num_layers):
-                flat[f"{layer_name(layer)}/{name.removeprefix('layers/')}"] = _as_matrix(name, value[layer])
+            for layer, own in enumerate(value):
+                flat[f"{layer_name(layer)}/{name.removeprefix('layers/')}"] = _as_matrix(name, own)
         else:
             flat[name] = _as_matrix(name, value)
     return flat
@@ -173,8 +177,8 @@ def encoder_graph(config: HyperVLConfig, branch: str, params: Mapping[str, Any])
     With random weights at the real size that left 4 dB to dynamic int8.
     """
     vision, side = config.vision(branch), config.tiling.tile_size
-    tower = flat_weights(params[vision_part(branch)], vision.num_layers)
-    weights = _under("tower", tower) | _under("projector", flat_weights(params[projector_part(branch)]))
+    weights = _under("tower", flat_weights(params[vision_part(branch)]))
+    weights |= _under("projector", flat_weights(params[projector_part(branch)]))
     inputs = {"tile": jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)}
     function = functools.partial(
         _encode, vision=vision, shuffle=config.tiling.shuffle, eps=config.projector.layer_norm_eps
@@ -330,24 +334,26 @@ def _embed(weights: Weights, tokens: Int[Array, "1 l"]) -> tuple[Float[Array, "1
 
 
 def decoder_weights(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The decoder's layers, final norm and head; a tied head is the embedding, which is [outputs, inputs] as it stands."""
+    """The decoder's layers, final norm and head, as far as they are there; a tied head is the embedding, [outputs, inputs] as it stands."""
     tree = dict(params[DECODER])
-    embedding, head = np.asarray(tree.pop("embedding")), tree.pop("head", None)
-    num_layers = tree["layers"]["attention_norm"]["scale"].shape[0]
-    return flat_weights(tree, num_layers) | {"head/kernel": embedding if head is None else np.asarray(head).T}
+    embedding, head = tree.pop("embedding", None), tree.pop("head", None)
+    flat = flat_weights(tree)
+    if head is not None:
+        flat["head/kernel"] = np.asarray(head).T
+    elif embedding is not None:
+        flat["head/kernel"] = np.asarray(embedding)
+    return flat
 
 
-def decoder_graph(config: DecoderConfig, params: Mapping[str, Any], length: int, slots: int, head: bool) -> Graph:
-    """`length` positions after those in a cache of `slots` slots.
+def decoder_graph(config: DecoderConfig, weights: Weights, length: int, slots: int, head: bool) -> Graph:
+    """`length` positions after those in a cache of `slots` slots; `weights` are those of `decoder_weights`.
 
     Inputs: "embeddings" [1, l, d]; "cosine" and "sine" [1, l, k], rows of the rotary tables; "mask" [1, 1, l, slots + l], added
     to the scores, cache first; then for each layer "key_00" and "value_00" [1, g, slots, k].
     Outputs: for each layer the new "key_00" and "value_00" [1, g, l, k]; last, with a head, "logits" [1, l, n], else "hidden"
     [1, l, d], after the final norm.
     """
-    weights = decoder_weights(params)
-    if not head:
-        del weights["head/kernel"]
+    used = {name: value for name, value in weights.items() if head or name != "head/kernel"}
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     inputs = {"embeddings": shape((1, length, config.hidden_size))}
     inputs |= {name: shape((1, length, config.head_dim)) for name in ("cosine", "sine")}
@@ -356,7 +362,7 @@ def decoder_graph(config: DecoderConfig, params: Mapping[str, Any], length: int,
     inputs |= {name: shape((1, config.num_kv_heads, slots, config.head_dim)) for name in names}
     outputs = (*names, "logits" if head else "hidden")
     name = "decode" if length == 1 else f"prefill_{length}"
-    return Graph(name, functools.partial(_decode, config=config), weights, inputs, outputs)
+    return Graph(name, functools.partial(_decode, config=config), used, inputs, outputs)
 
 
 def cache_names(config: DecoderConfig) -> Iterator[str]:

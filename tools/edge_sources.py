@@ -26,14 +26,17 @@ from tools.artifacts import Manifest
 from tools.edge_graphs import Graph
 from tools.edge_runtime import EdgeModel, EdgeSettings
 from tools.golden import Case, Golden
-from tools.quantisation import Precision, quantise
-from tools.to_torch import BOTH, Source, load_parts, open_source
+from tools.quantisation import Precision, quantise, quantise_weights
+from tools.to_torch import BOTH, Source, leaf_paths, load_parts, open_source
 
 COMPRESSOR = "compressor"
 HELDOUT, TRAIN = "heldout", "train"
 ENCODER = "encoder"
 PARTS = (ENCODER, DECODER)
 """What can be exported by itself; the compressor goes along where one is given."""
+
+EMBEDDING = "embedding"
+"""The decoder's leaf that its embedder is made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +94,22 @@ class Exported:
         """The decoder's parameters, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
         return load_parts(self.source, (DECODER,))
 
+    def read_decoder_weights(self, precision: Precision) -> edge_graphs.Weights:
+        """The decoder's weights as graphs take them, each rounded when it has been read: they are never all there in float32.
+
+        Raises `CheckpointError` when the checkpoint is gone by now.
+        """
+        weights: dict[str, Any] = {}
+        for path in leaf_paths(self.source, DECODER):
+            if path != EMBEDDING or self.source.config.decoder.tie_embeddings:
+                read = edge_graphs.decoder_weights(load_parts(self.source, (DECODER,), path))
+                weights |= quantise_weights(read, precision)
+                del read  # before the next one is read
+        return weights
+
     def read_embedding(self) -> Mapping[str, Any]:
         """The decoder's embedding alone. Raises `CheckpointError` when the checkpoint is gone by now."""
-        return load_parts(self.source, (DECODER,), "embedding")
+        return load_parts(self.source, (DECODER,), EMBEDDING)
 
     def read_encoder(self, branch: str) -> Mapping[str, Any]:
         """Tower and projector of a branch, float32. Raises `CheckpointError` when the checkpoint is gone by now."""
@@ -192,20 +208,20 @@ def records(source: Source, data: str, split: str, items: int) -> tuple[Case, ..
 
 
 def part_graphs(made: Exported, precision: Precision) -> dict[str, Callable[[], list[Graph]]]:
-    """The graphs of each part, made when they are called for."""
+    """The graphs of each part for a converter, made when they are called for."""
     settings, config = made.settings, made.settings.config
     files: dict[str, Callable[[], list[Graph]]] = {
         f"encoder_{branch}": lambda branch=branch: [
-            edge_graphs.encoder_graph(config, branch, made.read_encoder(branch))
+            edge_graphs.encoder_graph(config, branch, made.read_encoder(branch)).rounded(precision)
         ]
         for branch in settings.branches
     }
     if made.vrc is not None:
         vrc = made.vrc
-        files[COMPRESSOR] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params)]
+        files[COMPRESSOR] = lambda: [edge_graphs.compressor_graph(vrc.config, vrc.params).rounded(precision)]
     if settings.prefill:
         files["embedder"] = lambda: _embedders(made.read_embedding(), settings, precision)
-        files["decoder"] = lambda: _decoders(made.read_decoder(), settings)
+        files["decoder"] = lambda: _decoders(made.read_decoder_weights(precision), settings)
     return files
 
 
@@ -215,10 +231,10 @@ def _embedders(params: Mapping[str, Any], settings: EdgeSettings, precision: Pre
     return [edge_graphs.embedder_graph(params, length, table) for length in (1, *settings.prefill)]
 
 
-def _decoders(params: Mapping[str, Any], settings: EdgeSettings) -> list[Graph]:
+def _decoders(weights: edge_graphs.Weights, settings: EdgeSettings) -> list[Graph]:
     config, slots = settings.config.decoder, settings.slots
-    prefill = [edge_graphs.decoder_graph(config, params, length, slots, head=False) for length in settings.prefill]
-    return [*prefill, edge_graphs.decoder_graph(config, params, 1, slots, head=True)]
+    prefill = [edge_graphs.decoder_graph(config, weights, length, slots, head=False) for length in settings.prefill]
+    return [*prefill, edge_graphs.decoder_graph(config, weights, 1, slots, head=True)]
 
 
 # What stands beside the files of an artifact.

@@ -219,7 +219,7 @@ def _write_bundles(made: Exported, precision: Precision, home: pathlib.Path) -> 
 
 def _write_files(made: Exported, precision: Precision, home: pathlib.Path) -> None:
     for part, graphs in part_graphs(made, precision).items():
-        converter().convert(graphs, home / f"{part}.tflite", precision.bits)
+        converter().convert(graphs, home / f"{part}.tflite")
 
 
 def _write_calibrated(made: Exported, precision: Precision, home: pathlib.Path) -> None:
@@ -237,7 +237,7 @@ def _write_calibrated(made: Exported, precision: Precision, home: pathlib.Path) 
     for part, stored in CALIBRATED_AS.items():
         graphs = part_graphs(made, PRECISIONS[stored])
         if part in graphs:
-            converter().convert(graphs[part], home / f"{part}.tflite", PRECISIONS[stored].bits)
+            converter().convert(graphs[part], home / f"{part}.tflite")
 
 
 def show(reports: Mapping[str, Mapping[str, Any]], output: str) -> None:

@@ -105,28 +105,29 @@ def write(made: Exported, branch: str, precision: Precision, path: pathlib.Path)
         bundle.add_system_metadata(module.Metadata(key="Authors", value="hypervl-jax", dtype=module.DType.STRING))
         bundle.add_llm_metadata(str(home / "metadata.pb"))
         bundle.add_hf_tokenizer(str(write_tokenizer_json(made.source.tokenizer, home)))
-        tower, adapter = litert_graphs.vision_graphs(settings.config, branch, made.read_encoder(branch))
+        both = litert_graphs.vision_graphs(settings.config, branch, made.read_encoder(branch))
+        tower, adapter = (graph.rounded(precision) for graph in both)
         graphs: dict[Any, Callable[[], Sequence[Graph]]] = {
-            kinds.PREFILL_DECODE: lambda: _decoders(made),
+            kinds.PREFILL_DECODE: lambda: _decoders(made, precision),
             kinds.EMBEDDER: lambda: [_embedder(made, precision)],
             kinds.VISION_ENCODER: lambda: [tower],
             kinds.VISION_ADAPTER: lambda: [adapter],
         }
         for kind, signatures in graphs.items():
             file = home / f"{kind.name.lower()}.tflite"
-            convert(signatures, file, precision.bits)
+            convert(signatures, file)
             bundle.add_tflite_model(str(file), kind)
         with path.open("wb") as stream:
             bundle.build(stream)
 
 
-def _decoders(made: Exported) -> list[Graph]:
-    settings, params = made.settings, made.read_decoder()
+def _decoders(made: Exported, precision: Precision) -> list[Graph]:
+    settings, weights = made.settings, made.read_decoder_weights(precision)
     config, most = settings.config.decoder, settings.prefill[-1]
     # A prefill writes all of its positions, padding too; behind the last slot there must be room for it.
     slots = settings.slots + most
-    prefill = [litert_graphs.decoder_graph(config, params, n, slots, head=False) for n in settings.prefill]
-    return [*prefill, litert_graphs.decoder_graph(config, params, 1, slots, head=True)]
+    prefill = [litert_graphs.decoder_graph(config, weights, n, slots, head=False) for n in settings.prefill]
+    return [*prefill, litert_graphs.decoder_graph(config, weights, 1, slots, head=True)]
 
 
 def _embedder(made: Exported, precision: Precision) -> Graph:

@@ -49,14 +49,14 @@ def vision_graphs(config: HyperVLConfig, branch: str, params: Mapping[str, Any])
     )
 
 
-def decoder_graph(config: DecoderConfig, params: Mapping[str, Any], length: int, slots: int, head: bool) -> Graph:
-    """`length` positions that are written into a cache of `slots` slots.
+def decoder_graph(config: DecoderConfig, weights: Weights, length: int, slots: int, head: bool) -> Graph:
+    """`length` positions that are written into a cache of `slots` slots; `weights` are those of `edge_graphs.decoder_weights`.
 
     Inputs: "embeddings" [1, l, d]; "input_pos" [l] int32, rising by one; "mask" [1, 1, l, slots], added to the scores; for each layer
     "kv_cache_k_0" [1, g, slots, k] and "kv_cache_v_0" [1, g, k, slots].
     Outputs: the cache; last, with a head, "logits" [1, l, n].
     """
-    inner = edge_graphs.decoder_graph(config, params, length, slots, head)
+    inner = edge_graphs.decoder_graph(config, weights, length, slots, head)
     cache = {name: inner.inputs[own] for name, own in zip(cache_names(config), cache_keys(config), strict=True)}
     for name, shape in cache.items():
         if name.startswith("kv_cache_v"):

@@ -108,8 +108,8 @@ def decoder_job(layers: int | None, length: int, slots: int) -> Job:
     decoder = dataclasses.replace(config.decoder, vocab_size=_VOCABULARY)
     decoder = dataclasses.replace(decoder, num_layers=layers or decoder.num_layers)
     config = dataclasses.replace(config, decoder=decoder)
-    params = random_parameters(config, (DECODER,))
-    graph = edge_graphs.decoder_graph(decoder, params, length, slots, head=False)
+    weights = edge_graphs.decoder_weights(random_parameters(config, (DECODER,)))
+    graph = edge_graphs.decoder_graph(decoder, weights, length, slots, head=False)
     return Job(f"decoder, {decoder.num_layers} layers, {length} new of {slots} cached", graph)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float32, Int8, UInt8
@@ -69,6 +70,16 @@ class QuantisedMatrix:
     scale: Float32[np.ndarray, "e"]
     bits: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What it stands for."""
+        return self.scale.dtype
+
 
 def quantise(matrix: Float32[np.ndarray, "e c"], bits: int) -> QuantisedMatrix:
     """Rounds to whole numbers. Below 8 bits each output takes, of a few ranges, the one with the least squared error.
@@ -81,6 +92,14 @@ def quantise(matrix: Float32[np.ndarray, "e c"], bits: int) -> QuantisedMatrix:
         rows = slice(first, first + _ROWS)
         values[rows], scale[rows] = _rounded(np.ascontiguousarray(matrix[rows], np.float32), bits)
     return QuantisedMatrix(values, scale, bits)
+
+
+def quantise_weights(
+    weights: Mapping[str, np.ndarray], precision: Precision
+) -> dict[str, np.ndarray | QuantisedMatrix]:
+    """The weights of a graph by name, those that the precision stores so as whole numbers."""
+    bits = {name: precision.bits(name) for name in weights}
+    return {name: value if bits[name] is None else quantise(value, bits[name]) for name, value in weights.items()}
 
 
 def _rounded(

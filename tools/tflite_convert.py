@@ -27,37 +27,34 @@ from litert_converter.mlir.dialects import arith, stablehlo
 
 from tools.artifacts import ArtifactError
 from tools.edge_graphs import Graph
-from tools.quantisation import quantise
+from tools.quantisation import QuantisedMatrix
 
 _LEGALISE = "builtin.module(vhlo-legalize-stablehlo,reconcile-unrealized-casts,inline)"
-Bits = Callable[[str], int | None]
-"""How many bits the weight of this name is stored with; None as it is."""
 
 
-def convert(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path, bits: Bits = lambda name: None) -> None:
+def convert(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path) -> None:
     """Writes graphs as the signatures of one file; weights of the same name must be the same arrays and are stored once.
 
     Args:
         graphs: makes them; nobody else should hold them, since their weights are let go when the converter has its own copy.
         path: the file to write.
-        bits: how many bits each weight is stored with.
 
     Raises:
         ArtifactError: litert-converter cannot convert an operation.
     """
     try:
-        if _write(graphs, path, bits):
+        if _write(graphs, path):
             _fuse(path)
     except (ir.MLIRError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ArtifactError(f"litert-converter cannot convert {path.stem}: {reason}") from error
 
 
-def _write(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path, bits: Bits) -> bool:
+def _write(graphs: Callable[[], Sequence[Graph]], path: pathlib.Path) -> bool:
     """Writes the file as the converter makes it; whether it holds whole numbers. The converter's own memory is free afterwards."""
     context, bound = ir.Context(), dict[str, Any]()
     api.prepare_mlir_context(context)
-    modules = [_module(context, graph, bits, bound) for graph in graphs()]
+    modules = [_module(context, graph, bound) for graph in graphs()]
     module = api.merge_modules(modules) if len(modules) > 1 else modules[0]
     settings = api.ConvertToTFLConfig()
     settings.unsafe_fuse_dynamic_shaped_broadcast = True
@@ -80,7 +77,7 @@ class _Integers:
     bits: int
 
 
-def _module(context: Any, graph: Graph, bits: Bits, bound: dict[str, Any]) -> Any:
+def _module(context: Any, graph: Graph, bound: dict[str, Any]) -> Any:
     """A graph as a StableHLO module whose weights are constants; attributes are kept in `bound` for the next graph."""
     weights = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in graph.weights.items()}
     traced = jax.export.export(jax.jit(graph.function, keep_unused=True), platforms=["cpu"])(
@@ -91,20 +88,20 @@ def _module(context: Any, graph: Graph, bits: Bits, bound: dict[str, Any]) -> An
         passmanager.PassManager.parse(_LEGALISE).run(module.operation)
         (main,) = (f for f in module.body.operations if ir.StringAttr(f.attributes["sym_name"]).value == "main")
         # JAX flattens a dictionary in the order of its sorted keys.
-        _bind(main, sorted(weights), graph, bits, bound)
+        _bind(main, sorted(weights), graph, bound)
     api.set_signature(
         module.operation, signature_name=graph.name, input_names=list(graph.inputs), output_names=list(graph.outputs)
     )
     return module
 
 
-def _bind(main: Any, names: Sequence[str], graph: Graph, bits: Bits, bound: dict[str, Any]) -> None:
+def _bind(main: Any, names: Sequence[str], graph: Graph, bound: dict[str, Any]) -> None:
     """Replaces the first arguments of a function by constants."""
     block = main.regions[0].blocks[0]
     with ir.InsertionPoint.at_block_begin(block):
         for name, argument in zip(names, list(block.arguments), strict=False):
             if name not in bound:
-                bound[name] = _attributes(graph.weights[name], argument.type, bits(name))
+                bound[name] = _attributes(graph.weights[name], argument.type)
             argument.replace_all_uses_with(_constant(bound[name], argument.type))
     for number in reversed(range(len(names))):
         block.erase_argument(number)
@@ -114,16 +111,15 @@ def _bind(main: Any, names: Sequence[str], graph: Graph, bits: Bits, bound: dict
         del main.attributes["arg_attrs"]
 
 
-def _attributes(weight: np.ndarray, kind: Any, bits: int | None) -> Any:
-    if bits is None:
+def _attributes(weight: np.ndarray | QuantisedMatrix, kind: Any) -> Any:
+    if not isinstance(weight, QuantisedMatrix):
         return ir.DenseElementsAttr.get(np.ascontiguousarray(weight), type=kind)
-    quantised = quantise(weight, bits)
     byte, wide = (ir.IntegerType.get_signless(width) for width in (8, 64))
     return _Integers(
-        ir.DenseElementsAttr.get(quantised.values, type=byte, shape=list(weight.shape)),
-        ir.DenseElementsAttr.get(quantised.scale, type=ir.F32Type.get(), shape=[len(weight)]),
+        ir.DenseElementsAttr.get(weight.values, type=byte, shape=list(weight.shape)),
+        ir.DenseElementsAttr.get(weight.scale, type=ir.F32Type.get(), shape=[len(weight.scale)]),
         ir.DenseElementsAttr.get(np.zeros(1, np.int64), type=wide, shape=[1]),
-        bits,
+        weight.bits,
     )
 
 

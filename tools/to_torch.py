@@ -106,16 +106,26 @@ def open_source(checkpoint: str, step: int | None) -> Source:
 
 
 def load_parts(source: Source, parts: Sequence[str], leaf: str | None = None) -> dict[str, Any]:
-    """Some parts of a checkpoint as float32 arrays on one device, or one leaf of each.
+    """Some parts of a checkpoint as float32 arrays on one device, or one leaf of each. They are read leaf by leaf: what is under way is held twice.
 
     Raises `CheckpointError` when they cannot be read.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract, _ = abstract_parameters(source.config, RUNTIME)
-    targets = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), abstract)
-    if leaf is not None:
-        targets = {part: {leaf: targets[part][leaf]} for part in parts}
-    return load_params(source.home, targets, source.step, parts)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found: dict[str, Any] = {}
+    for part in parts:
+        flat = traverse_util.flatten_dict(abstract[part], sep="/")
+        for path in flat if leaf is None else (leaf,):
+            target = {path: jax.ShapeDtypeStruct(flat[path].shape, flat[path].dtype, sharding=device)}
+            wanted = {part: traverse_util.unflatten_dict(target, sep="/")}
+            read = load_params(source.home, wanted, source.step, (part,))
+            found |= traverse_util.flatten_dict(read, sep="/")
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def leaf_paths(source: Source, part: str) -> tuple[str, ...]:
+    """The leaves of a part that `load_parts` can read alone."""
+    return tuple(traverse_util.flatten_dict(abstract_parameters(source.config, RUNTIME)[0][part], sep="/"))
 
 
 def export(

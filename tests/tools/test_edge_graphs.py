@@ -104,7 +104,7 @@ def test_prefill_and_decoding_through_the_host_s_cache_are_the_decoder(tied: boo
         ids = np.zeros((1, length), np.int32)
         ids[0, :real] = tokens[at : at + real]
         embeddings = edge_graphs.embedder_graph(params, length)(ids)["embeddings"]
-        graph = edge_graphs.decoder_graph(config, params, length, slots, head=True)
+        graph = edge_graphs.decoder_graph(config, edge_graphs.decoder_weights(params), length, slots, head=True)
         inputs = cache.inputs(embeddings, real)
         assert {name: value.shape for name, value in inputs.items()} == {n: v.shape for n, v in graph.inputs.items()}
         assert list(inputs) == list(graph.inputs)
@@ -124,7 +124,7 @@ def test_prefill_and_decoding_through_the_host_s_cache_are_the_decoder(tied: boo
 
 @pytest.mark.parametrize(("length", "head"), [(4, False), (1, True)])
 def test_decoder_graphs_hold_only_operations_of_static_shape(params: dict, length: int, head: bool) -> None:
-    graph = edge_graphs.decoder_graph(SMALL.decoder, params, length, 8, head=head)
+    graph = edge_graphs.decoder_graph(SMALL.decoder, edge_graphs.decoder_weights(params), length, 8, head=head)
     assert_static(graph)
     assert graph.outputs[-1] == ("logits" if head else "hidden")
 

@@ -15,15 +15,17 @@ from PIL import Image
 from hypervl_jax.inference.assistant import Options, ask, load_assistant
 from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
 from hypervl_jax.vision.pixels import normalise_pixels
+from tests.tools import runs
 from tests.tools.runs import CONFIG, random_like, write_run
 from tools import artifacts, edge_runtime, export_tflite, run_tflite, verify_artifact
 from tools.edge_calibration import MOST_FEEDS, Recorder
-from tools.edge_graphs import HEAD_GROUP
+from tools.edge_graphs import HEAD_GROUP, decoder_weights
 from tools.edge_parity import snr
-from tools.edge_runtime import open_signatures
-from tools.edge_sources import Request, part_graphs, read
+from tools.edge_runtime import EdgeSettings, open_signatures
+from tools.edge_sources import Exported, Request, part_graphs, read
 from tools.golden import picture
-from tools.quantisation import PRECISIONS, quantise
+from tools.quantisation import PRECISIONS, QuantisedMatrix, quantise
+from tools.to_torch import open_source
 
 NEEDS_CONVERTER = pytest.mark.skipif(
     not all(map(artifacts.versions(export_tflite.PACKAGES).__contains__, ("litert-converter", "ai-edge-litert"))),
@@ -242,13 +244,30 @@ def test_ranges_come_from_all_calls_alike() -> None:
     assert all(any(start <= number < start + 250 for number in kept) for start in range(0, 1000, 250))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoder_weights_are_those_of_the_whole_read_leaf_by_leaf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    config = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, tie_embeddings=tied))
+    monkeypatch.setattr(runs, "CONFIG", config)
+    write_run(tmp_path)
+    made = Exported(open_source(str(tmp_path), None), EdgeSettings(config, None, (), (16,), 32), None, (), {}, ())
+    whole = decoder_weights(made.read_decoder())
+    rounded = made.read_decoder_weights(PRECISIONS["int4"])
+    assert rounded.keys() == whole.keys()
+    assert {value.bits for value in rounded.values() if isinstance(value, QuantisedMatrix)} == {4, 8}
+    for name, value in rounded.items():
+        found = value.values * value.scale[:, None] if isinstance(value, QuantisedMatrix) else value
+        assert snr(whole[name], found) > (15 if name.endswith("kernel") else 199), name
+
+
 @NEEDS_CONVERTER
 def test_an_encoder_keeps_its_precision_where_a_tile_is_padding(run: Path) -> None:
     """Gray is almost 0 after normalisation; a patch embedding with the normalisation folded in subtracts two large numbers there."""
     made = read(Request(str(run), None, ("encoder",), "base", None, (16,), 256, None, 0, 0, ()))
-    graph = part_graphs(made, PRECISIONS["int8"])["encoder_base"]()[0]
+    graph = part_graphs(made, PRECISIONS["float32"])["encoder_base"]()[0]
     path = run / "padding.tflite"
-    export_tflite.converter().convert(lambda: [graph], path, PRECISIONS["int8"].bits)
+    export_tflite.converter().convert(lambda: [graph.rounded(PRECISIONS["int8"])], path)
     side = made.source.config.tiling.tile_size
     tile = normalise_pixels(np.full((1, side, side, 3), 128, np.uint8))
     found = open_signatures(run)["encoder_base"](tile=tile)["features"]

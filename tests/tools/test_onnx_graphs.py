@@ -75,8 +75,8 @@ def graphs(params: dict) -> dict[str, Graph]:
         "affine": edge_graphs.compressor_graph(affine, random_like(abstract_compressor(affine))),
         "embedder": edge_graphs.embedder_graph(params, 5),
         "table": edge_graphs.embedder_graph(params, 5, table),
-        "prefill": edge_graphs.decoder_graph(SMALL.decoder, params, 4, 8, head=False),
-        "decode": edge_graphs.decoder_graph(SMALL.decoder, params, 1, 8, head=True),
+        "prefill": edge_graphs.decoder_graph(SMALL.decoder, edge_graphs.decoder_weights(params), 4, 8, head=False),
+        "decode": edge_graphs.decoder_graph(SMALL.decoder, edge_graphs.decoder_weights(params), 1, 8, head=True),
     }
 
 
@@ -121,7 +121,7 @@ def test_an_operation_without_a_rule_is_named() -> None:
 
 @pytest.mark.parametrize(("precision", "least"), [("w8a16", 34), ("w4a16", 12), ("w8a8", 12)])
 def test_whole_numbers_are_near_jax(wide: dict, tmp_path: Path, precision: str, least: float) -> None:
-    graph = edge_graphs.decoder_graph(WIDE.decoder, wide, 4, 8, head=True)
+    graph = edge_graphs.decoder_graph(WIDE.decoder, edge_graphs.decoder_weights(wide), 4, 8, head=True)
     feeds = [inputs(graph, seed) for seed in range(3)]
     found = quantise_graph(onnx_graph(graph), PRECISIONS[precision], feeds)
     values = run(found, tmp_path / "whole.onnx", feeds[0])
@@ -148,7 +148,7 @@ def test_rounding_makes_good_its_own_errors() -> None:
 
 
 def test_a_mask_takes_nothing_from_the_range_of_the_scores(params: dict) -> None:
-    graph = edge_graphs.decoder_graph(SMALL.decoder, params, 4, 8, head=False)
+    graph = edge_graphs.decoder_graph(SMALL.decoder, edge_graphs.decoder_weights(params), 4, 8, head=False)
     written = onnx_graph(graph)
     ranges = measure(written, [inputs(graph)])
     masked = [ranges[node.input[0]] for node in written.nodes if node.op_type == "Softmax"]
