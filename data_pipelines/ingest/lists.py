@@ -6,6 +6,9 @@ An opt-out file has a URL, a domain (its subdomains with it), the SHA-256 of a p
 list is a source directory, or JSON Lines whose objects have any of `image` (a path below the file's folder, or base64),
 `image_hash` (16 hex digits, as `imagehash.phash` prints them) and `question`, and nothing else.
 
+A held-out picture is looked for as it is and mirrored, left for right: of an `image` both hashes are kept. From a hash alone that of the
+mirror image does not follow (signs of the odd columns change, but also the median that all are compared with).
+
 Questions are compared by their runs of words (n-gram overlap, as in "Language Models are Few-Shot Learners", appendix C). Many
 share an instruction, such as "Answer the question using a single word or phrase.": a run that stands in the questions of many
 pictures is such a template and tells nothing about any of them, so it is not looked for.
@@ -48,7 +51,7 @@ _HEX = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 @dataclasses.dataclass(frozen=True)
 class Exclusions:
-    """Both lists, compiled: sorted hashes of opted-out names, held-out pictures, and runs of words of held-out questions."""
+    """Both lists, compiled: sorted hashes of opted-out names, held-out pictures with their mirror images, and runs of words of questions."""
 
     opt_out: UInt64[np.ndarray, "n"]
     pictures: UInt64[np.ndarray, "p"]
@@ -66,7 +69,7 @@ class Exclusions:
         """How much each list came to, for people who want to see that it was read."""
         return {
             "opt_outs": len(self.opt_out),
-            "held-out pictures": len(self.pictures),
+            "hashes of held-out pictures and their mirror images": len(self.pictures),
             "runs of words of held-out questions": len(self.questions),
         }
 
@@ -225,7 +228,7 @@ def _source_entries(path: str) -> Iterator[_Entry]:
         source = Source(directory, read_manifest(directory).fingerprint)
         for number in range(len(source)):
             record = source.record(number)
-            hashes = [image_hash(decode_image(image)) for image in record.images]
+            hashes = [value for image in record.images for value in _both_hashes(image)]
             yield hashes, [turn.text for turn in record.turns if turn.role == "user"]
     except (RecordError, UndecodableImage) as error:
         raise IngestError(f"held-out source {path}: {error}") from error
@@ -236,10 +239,16 @@ def _line_entry(path: str, number: int, line: bytes) -> _Entry:
         entry = _checked(json.loads(line))
         hashes = [int(entry["image_hash"], 16)] if "image_hash" in entry else []
         if "image" in entry:
-            hashes.append(image_hash(decode_image(_picture(path, entry["image"]))))
+            hashes += _both_hashes(_picture(path, entry["image"]))
         return hashes, [entry.get("question", "")]
     except (ValueError, TypeError, AttributeError, UndecodableImage) as error:
         raise IngestError(f"line {number} of held-out list {path}: {error}") from error
+
+
+def _both_hashes(image: bytes) -> list[int]:
+    """Perceptual hashes of a picture and of its mirror image. Raises `UndecodableImage`."""
+    rgb = decode_image(image)
+    return [image_hash(rgb), image_hash(np.ascontiguousarray(rgb[:, ::-1]))]
 
 
 def _checked(entry: object) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 pytest.importorskip("py3langid")
 pytest.importorskip("imagehash")
@@ -232,10 +232,27 @@ def test_decontamination(tmp_path: pathlib.Path) -> None:
     loaded = load_lists(exclusions_path(str(tmp_path / "staging")))
     assert loaded.counts() == {
         "opt_outs": 0,
-        "held-out pictures": 3,
+        "hashes of held-out pictures and their mirror images": 5,
         "runs of words of held-out questions": len(question.split()) - config.held_out_words + 1,
     }
     assert 0x0123456789ABCDEF in loaded.pictures.tolist()
+
+
+def test_a_mirrored_held_out_picture_is_kept_out(tmp_path: pathlib.Path) -> None:
+    """However it was scaled and compressed; a source and a list of pictures alike."""
+    held = [corpora.sample(0, [(64, 64)], 3)]
+    corpora.write(tmp_path / "root", "exam", held, split="heldout")
+    write_jsonl(tmp_path / "exam.jsonl", [{"image": base64.b64encode(picture(5)).decode()}])
+    config = IngestConfig(held_out=(str(tmp_path / "root" / "heldout" / "exam"), str(tmp_path / "exam.jsonl")))
+    mirrored = []
+    for image in (held[0].images[0], picture(5)):
+        buffer = io.BytesIO()
+        turned = ImageOps.mirror(Image.open(io.BytesIO(image)).convert("RGB"))
+        turned.resize((100, 100)).save(buffer, "JPEG", quality=80)
+        mirrored.append(buffer.getvalue())
+    drops, records = stage_pictures(tmp_path, [*mirrored, picture(6)], config)
+    assert drops == {"held_out:image": 2}
+    assert [record.images[0] for record in records] == [picture(6)]
 
 
 def held_out(tmp_path: pathlib.Path, rows: list[dict[str, object]], **settings: object) -> IngestConfig:
