@@ -18,7 +18,7 @@ from rich.table import Table
 
 from hypervl_jax.architecture import BRANCHES, ConfigError, require
 from tools.profile_device import SIZES
-from tools.tile_probe import BATCHED, FLASH, HERE, SERIAL, WAYS, WHOLE, Case, Probe
+from tools.tile_probe import BATCHED, FLASH, HERE, SERIAL, WAYS, WHOLE, Case, Probe, square_side
 
 KINDS = {"document": (1754, 1240), "chart": (800, 1200), "photograph": (1512, 2016)}
 """(height, width) in pixels of three kinds of picture: an A4 page at 150 dpi, a chart of 3:2, half of a 12-megapixel photograph's sides."""
@@ -47,7 +47,7 @@ the compiler says what memory a case needs and, for a TPU, what it moves over HB
 ways:
   serial    one tile after another, as in inference and training
   batched   all tiles at once
-  full      the whole picture in one pass; the scores of all pairs of patches are in memory
+  full      the whole picture in one pass, as a square of as many patches; the scores of all pairs of patches are in memory
   chunked   the same, the scores of 512 patches at a time
   flash     the same by the TPU's kernel, which holds no scores (with --compile-for only)
 
@@ -60,7 +60,7 @@ examples:
   python -m tools.profile_tiles --config-size 2b --repeats 1 --output tiles.jsonl
   python -m tools.profile_tiles --config-size 2b --compile-for v5e-4 --json
   python -m tools.profile_tiles --config-size 2b --compile-for cpu
-  python -m tools.profile_tiles --config-size 2b --images document,chart,photograph --ways serial
+  python -m tools.profile_tiles --config-size 2b --images document,chart,photograph --tiles 512 --growth 0
 
 exit status:
   0  measured    1  a measurement failed    2  it could not be measured as asked
@@ -92,7 +92,7 @@ class Comparison:
 
     way: str
     tile: int
-    side: int
+    picture: str
     memory: float | None
     milliseconds: float | None
     cpu_milliseconds: float | None
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tiles", default="128,256,512", metavar="LIST", help="sides of a tile in pixels (default: %(default)s)")
     add(
         "--images",
-        default="1024,1536,2048",
+        default="1024,1536,2048,document,chart,photograph",
         metavar="LIST",
         help=f"sides of square pictures, WIDTHxHEIGHT, or {', '.join(KINDS)} (default: %(default)s)",
     )
@@ -161,8 +161,14 @@ def parse_image(text: str) -> tuple[int, int]:
     return int(height or width), int(width)
 
 
+def name_image(height: int, width: int) -> str:
+    """A picture's kind where it has the size of one, else its size."""
+    names = {size: kind for kind, size in KINDS.items()}
+    return names.get((height, width), f"{height}²" if height == width else f"{width}x{height}")
+
+
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Everything to measure, once each; one pass is for square pictures only. Raises `ConfigError`."""
+    """Everything to measure, once each. Raises `ConfigError`."""
     names = lambda text: [part.strip() for part in text.split(",") if part.strip()]
     sides, images, ways = names(options.tiles), [*map(parse_image, names(options.images))], _ways(options)
     require(all(map(str.isdecimal, sides)), f"--tiles {options.tiles!r} is no list of sides in pixels")
@@ -177,12 +183,12 @@ def cases(options: argparse.Namespace) -> list[Case]:
         for side in sides
         for height, width in images
     ]
+    cell = SIZES[options.config_size]().tiling.cell_size
     whole = [
-        Case(way=way, tile=height, height=height, width=width, **shared)
+        Case(way=way, tile=square_side(height, width, cell), height=height, width=width, **shared)
         for way in ways
         if way in WHOLE
         for height, width in images
-        if height == width
     ]
     growing = [
         Case(way=SERIAL, tile=int(side), height=int(side), width=int(side) * count, **shared)
@@ -282,7 +288,7 @@ def _compare(tiles: Row, whole: Row) -> Comparison:
     return Comparison(
         way=whole.case.way,
         tile=tiles.case.tile,
-        side=whole.case.height,
+        picture=name_image(whole.case.height, whole.case.width),
         memory=ratio(name),
         milliseconds=ratio("milliseconds"),
         cpu_milliseconds=ratio("cpu_milliseconds"),
@@ -337,7 +343,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         for row in compared:
             by = "measured" if row.measured else "compiler"
             times = [_times(value) for value in (row.milliseconds, row.cpu_milliseconds, row.flops, row.traffic)]
-            table.add_row(f"{row.side}²", row.way, str(row.tile), _times(row.memory), by, *times)
+            table.add_row(row.picture, row.way, str(row.tile), _times(row.memory), by, *times)
         yield table
 
 
@@ -375,7 +381,7 @@ def _row_table(rows: Sequence[Row]) -> Table:
         cells = ["" if value is None else f"{value / unit:,.1f}" for value, unit in known.values()]
         left_out = [f"left out: {probe.left_out}"] if probe.left_out else cells[:1]
         sizes = (str(case.tile), str(probe.tiles), str(probe.tokens), f"{probe.flops / GIGA:,.1f}")
-        table.add_row(f"{case.width}x{case.height}", case.way, *sizes, *left_out, *cells[1:])
+        table.add_row(name_image(case.height, case.width), case.way, *sizes, *left_out, *cells[1:])
     return table
 
 

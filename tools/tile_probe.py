@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -61,6 +62,14 @@ _RESET_PEAK = "5"
 """What, written to /proc/self/clear_refs, sets the peak of the resident memory back to the present (proc_pid_clear_refs(5))."""
 
 
+def square_side(height: int, width: int, cell: int) -> int:
+    """Side in pixels of the smallest square with as many cells of `cell` pixels as a picture: attention costs what its patches cost,
+    however they lie, and the tower's positions form squares.
+    """
+    cells = -(-height // cell) * -(-width // cell)
+    return (math.isqrt(cells - 1) + 1) * cell
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is measured.
@@ -69,7 +78,7 @@ class Case:
         size: named architecture, of `tools.profile_device.SIZES`.
         branch: whose tower and projector.
         way: of `WAYS`.
-        tile: side of a tile in pixels; of a whole picture in one pass, its side.
+        tile: side of a tile in pixels; of a picture in one pass, that of the square it is encoded as (`square_side`).
         height, width: of the picture, in pixels.
         tile_chunk: tiles that pass through the tower together; 0 for all.
         repeats: measured runs; medians count.
@@ -89,7 +98,8 @@ class Case:
     def __post_init__(self) -> None:
         whole = self.way in WHOLE
         require(self.way in WAYS, f"{self.way!r} is no way to encode a picture; ways are {', '.join(WAYS)}")
-        require(not whole or self.height == self.width == self.tile, f"{self.way} takes a square picture as one tile")
+        fits = self.tile**2 >= self.height * self.width
+        require(not whole or fits, f"{self.way} takes a picture as one square tile of at least its area")
         require(self.way != FLASH or self.is_tpu, f"{FLASH} runs on TPU only: give a topology to compile for")
 
     @property
@@ -98,10 +108,15 @@ class Case:
         return self.chip not in ("", HERE)
 
     @property
+    def encoded(self) -> tuple[int, int]:
+        """(height, width) that pass through the tower: the picture's, in one pass the square's."""
+        return (self.tile, self.tile) if self.way in WHOLE else (self.height, self.width)
+
+    @property
     def config(self) -> HyperVLConfig:
         """The architecture with tiles of this size and enough of them that the picture keeps its size."""
         named = SIZES[self.size]()
-        tiles = -(-self.height // self.tile) * -(-self.width // self.tile)
+        tiles = math.prod(-(-side // self.tile) for side in self.encoded)
         return dataclasses.replace(
             named,
             vision_base=dataclasses.replace(named.vision_base, image_size=self.tile),
@@ -112,7 +127,7 @@ class Case:
     @property
     def plan(self) -> ImagePlan:
         """What AnyRes makes of the picture."""
-        return plan_image(self.height, self.width, 1.0, self.config.tiling)
+        return plan_image(*self.encoded, 1.0, self.config.tiling)
 
     def runtime(self) -> RuntimeConfig:
         """As inference computes on the device, the tiles of this way together."""
@@ -168,7 +183,7 @@ def probe(case: Case) -> Probe:
     if needed > HEADROOM * free:
         return dataclasses.replace(found, left_out=f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (case.height, case.width, 3), np.uint8)
+    picture = rng.integers(0, 256, (*case.encoded, 3), np.uint8)
     tiles = jax.device_put(tile_image(picture, plan, config.tiling))
     params = jax.block_until_ready(random_like(abstract))
     run = measure(lambda: compiled(params, tiles), case.repeats)

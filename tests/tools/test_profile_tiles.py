@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from hypervl_jax.architecture import ConfigError
+from hypervl_jax.architecture import ConfigError, hypervl_tiny
 from tools import profile_tiles
 from tools.process_memory import status_bytes
 from tools.profile_tiles import Row, cases, comparisons, growths, main, parse_image, parser, warnings
@@ -40,12 +40,16 @@ def test_serial_tiles_keep_memory_constant(one: Row, many: Row) -> None:
     assert warnings([one, many]) == []
 
 
-def test_memory_spikes_are_told_when_tiles_go_together(one: Row) -> None:
-    (together,) = compiled(case(height=192, width=192, tile_chunk=0))
-    (warning,) = warnings([one, together])
-    assert growths([one, together])[0].ratio > 5
+def test_memory_spikes_are_told_when_tiles_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--config-size", "tiny", "--compile-for", HERE, "--tiles", "64", "--images", "64", "--ways", SERIAL]
+    assert main([*command, "--growth", "9", "--tile-chunk", "0", "--json"]) == 0
+    said = capsys.readouterr()
+    values = json.loads(said.out.splitlines()[-1])
+    (growth,), (warning,) = values["growth"], values["warnings"]
+    assert growth["ratio"] > 5
     assert warning.startswith("memory spikes: tiling not triggered: 9 tiles of 64 pixels take ")
-    assert f"{together.memory / 2**20:.1f} MiB against {one.memory / 2**20:.1f} MiB" in warning
+    assert f"{growth['many'] / 2**20:.1f} MiB against {growth['one'] / 2**20:.1f} MiB" in warning
+    assert f"warning: {warning}" in said.err
 
 
 def test_one_pass_takes_more_than_tiles(many: Row) -> None:
@@ -99,12 +103,21 @@ def test_pictures_are_named_or_sized() -> None:
         parse_image("12y4")
 
 
-def test_one_pass_is_for_squares_and_growth_counts_tiles() -> None:
+def test_one_pass_takes_a_square_of_as_many_patches_and_growth_counts_tiles() -> None:
     options = parser().parse_args(["--tiles", "64", "--images", "128,chart", "--config-size", "tiny", "--growth", "4"])
-    made = cases(options)
-    assert [(each.height, each.width) for each in made if each.way in (FULL, CHUNKED)] == [(128, 128)] * 2
+    made, cell = cases(options), hypervl_tiny().tiling.cell_size
+    whole = [each for each in made if each.way in (FULL, CHUNKED)]
+    assert [(each.height, each.width, each.tile) for each in whole] == [(128, 128, 128), (800, 1200, 992)] * 2
+    assert (800 // cell) * (1200 // cell) <= (992 // cell) ** 2 == whole[1].plan.tokens < 1.03 * 800 * 1200 / cell**2
     assert [each.plan.tiles for each in made if each.way == SERIAL][:2] == [1, 4]
     assert sum(each.way == BATCHED for each in made) == 2
+
+
+def test_kinds_of_pictures_are_compared_apart() -> None:
+    tiles, whole = case(height=800, width=1200), case(FULL, 992, 800, 1200)
+    rows = [Row(tiles, Probe(247, 3750, 100, 7)), Row(whole, Probe(1, 3844, 500, 70))]
+    (found,) = comparisons(rows)
+    assert (found.picture, found.memory, found.flops) == ("chart", 10, 5)
 
 
 @pytest.mark.parametrize(
