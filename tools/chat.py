@@ -86,6 +86,17 @@ def read_image(path: str) -> bytes:
         raise ChatError(f"cannot read the image {path}: {error.strerror}") from error
 
 
+def spread_option(text: str) -> float:
+    """A number of 0 or more."""
+    try:
+        spread = float(text)
+    except ValueError:
+        spread = -1.0
+    if not spread >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return spread
+
+
 def alpha_option(text: str) -> float | str:
     """`--alpha`: "auto" or a number."""
     message = f"{text!r} is neither 'auto' nor a number from {MIN_ALPHA} to {MAX_ALPHA}"
@@ -124,6 +135,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=alpha_option,
         metavar="auto|0.1…1.0",
         help="share of an image's area to keep (default: auto with a compressor or a budget, else 1)",
+    )
+    add(
+        "--unsure",
+        type=spread_option,
+        metavar="NATS",
+        help="leave an image whole where the compressor's log areas for it, mirrored and upside down spread by more than this, e.g. 0.5",
     )
     add("--latency-budget-ms", type=float, metavar="N", help="most milliseconds an answer may take")
     add(
@@ -172,6 +189,7 @@ def answering_options(options: argparse.Namespace, assistant: Assistant) -> Opti
         sampling=Sampling(options.temperature, options.top_k, options.top_p, options.seed),
         max_new_tokens=options.max_new_tokens,
         budget=budget,
+        unsure=options.unsure,
     )
 
 

@@ -103,6 +103,10 @@ def test_alpha_is_the_compressors_where_there_is_one(run: Run, home: Path) -> No
     _, output, _ = run(*question, "--compressor", str(home / "compressor"))
     assert "predicted by the compressor" in json.loads(output)["reason"]
     assert "compressor" in json.loads(output)["milliseconds"]
+    _, careful, _ = run(*question, "--compressor", str(home / "compressor"), "--unsure", "0")
+    assert json.loads(careful)["alphas"] == [1.0] > json.loads(output)["alphas"], "its views are judged differently"
+    _, same, _ = run(*question, "--compressor", str(home / "compressor"), "--unsure", "1e9")
+    assert json.loads(same)["alphas"] == json.loads(output)["alphas"]
     status, _, message = run(*question, "--alpha", "auto")
     assert (status, message) == (2, "error: --alpha auto needs --compressor DIR or --latency-budget-ms N\n")
 
@@ -149,6 +153,7 @@ def test_what_cannot_be_answered_is_one_clear_sentence(run: Run, home: Path, tmp
     [
         (["--alpha", "0.05"], "'0.05' is neither 'auto' nor a number from 0.1 to 1.0"),
         (["--alpha", "nan"], "'nan' is neither"),
+        (["--unsure", "-1"], "'-1' is no number of 0 or more"),
         (["--encoder", "huge"], "invalid choice: 'huge'"),
         (["--encoder", "auto"], "give --latency-budget-ms"),
     ],
