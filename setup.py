@@ -77,6 +77,11 @@ EXTRAS = {
         *TORCH,
         *(f"{package}; {LINUX}" for package in (*EXPORT, *QNN)),
         "jsonschema>=4.23",
+        # A store on this machine that speaks S3, and the client of s3://.
+        "moto[s3]>=5",
+        "flask>=3",
+        "flask-cors>=5",
+        "s3fs>=2025",
         # The TPU compiler, which needs no TPU: the planner and the kernels are tested with it.
         f"libtpu>=0.0.42,<0.1; {LINUX}",
         "pytest>=8",

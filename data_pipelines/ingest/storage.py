@@ -43,6 +43,10 @@ _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "last_modifi
 """Under one of these names a store tells which version of a file it has."""
 
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "abfs": "adlfs", "az": "adlfs"}
+_BUCKETS = frozenset({"gs", "gcs", "s3", "s3a"})
+"""Stores of buckets: they have no directories, and a bucket is not ours to make. Their clients remember listings for ever if one lets
+them, and would not see what another process writes."""
+
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _T = TypeVar("_T")
 
@@ -84,11 +88,15 @@ def _fulfil(future: concurrent.futures.Future[_T], work: Callable[[], _T]) -> No
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The store of a path, and the path as the store calls it."""
     try:
-        return url_to_fs(path)
+        return url_to_fs(path, **({"use_listings_cache": False} if _in_bucket(path) else {}))
     except (ImportError, ValueError) as error:
         package = _PACKAGES.get(path.partition("://")[0])
         advice = f"pip install {package}" if package else "give a local path or a URL of a store that fsspec knows"
         raise StorageError(f"cannot reach {path} ({error}); {advice}") from error
+
+
+def _in_bucket(path: str) -> bool:
+    return path.partition("://")[0] in _BUCKETS
 
 
 def _call(path: str, action: str, work: Callable[[fsspec.AbstractFileSystem, str], _T]) -> _T:
@@ -116,7 +124,9 @@ def expand(pattern: str) -> list[str]:
     several = len(names) > 1 and not glob.has_magic(pattern)
     found = sorted(_listed(names) if several else {path for name in names for path in _call(name, "list", _list)})
     if not found:
-        raise StorageError(f"{pattern} names no file; check the path (ranges are written {{000..123}})")
+        bucket = "/".join(pattern.split("/", 3)[:3])
+        lost = f"there is no bucket {bucket}" if _in_bucket(pattern) and not exists(bucket) else "check the path"
+        raise StorageError(f"{pattern} names no file; {lost} (ranges are written {{000..123}})")
     return found
 
 
@@ -341,7 +351,8 @@ def publish(file: pathlib.Path, path: str) -> None:
 
 def _upload(file: pathlib.Path, path: str) -> None:
     store, name = _filesystem(path)
-    store.makedirs(parent(name), exist_ok=True)
+    if not _in_bucket(path):
+        store.makedirs(parent(name), exist_ok=True)
     store.put_file(str(file), name)
 
 
