@@ -15,12 +15,15 @@ import pytest
 from data_pipelines.records import Record
 from hypervl_jax.architecture import CompressorConfig
 from hypervl_jax.evaluation import study_plots
+from hypervl_jax.evaluation.benchmark_files import read_task
+from hypervl_jax.evaluation.registry import benchmark
+from hypervl_jax.inference.assistant import Options, Request
 from hypervl_jax.models.compressor_io import abstract_compressor, save_compressor
 from hypervl_jax.text.conversation import IMAGE_SLOT, Turn
 from hypervl_jax.training.compression import RATIOS
 from hypervl_jax.vision.anyres import plan_image
 from tests.data_pipelines import corpora
-from tests.hypervl_jax.evaluation.examples import architecture, save_checkpoint
+from tests.hypervl_jax.evaluation.examples import architecture, assistant, save_checkpoint
 from tools import ablate_compressor
 from tools.ablate_compressor import SUMMARY, main
 
@@ -116,6 +119,36 @@ def test_a_benchmark_file_is_read_the_same_way(home: pathlib.Path, tmp_path: pat
     figures = json.loads((tmp_path / "out" / SUMMARY).read_text())
     assert figures["tasks"] == {"OCRBench": 4}
     assert [row["epsilon"] for row in figures["compressors"]] == [0.1]
+
+
+def test_over_compression_is_told_when_answers_are_lost(
+    home: pathlib.Path, tmp_path: pathlib.Path, monkeypatch
+) -> None:
+    """What the model itself answers at α = 1 is called right: it reads all pictures, and at α = 0.1 it sees other ones."""
+    monkeypatch.setattr(ablate_compressor, "milliseconds", lambda *_: {"encoder": 1.0})
+    pictures = [corpora.png(*SIZES[number % 4], number) for number in range(24)]
+    lines = lambda answers: "".join(
+        f"{number}\t{base64.b64encode(picture).decode()}\tWhich?\t{answer}\n"
+        for number, (picture, answer) in enumerate(zip(pictures, answers, strict=True))
+    )
+    table = tmp_path / "OCRBench.tsv"
+    table.write_text("index\timage\tquestion\tanswer\n" + lines(["?"] * 24))
+    items = read_task(tmp_path, benchmark("OCRBench")).items
+    requests = [Request(item.turns, item.images) for item in items]
+    said = assistant().answer(requests, Options("base", 1.0, max_new_tokens=6))
+    table.write_text("index\timage\tquestion\tanswer\n" + lines([answer.text.strip()[:4] for answer in said]))
+    save(tmp_path / "vrc" / "tenth", -20.0, 0.05)
+    save(tmp_path / "vrc" / "whole", 20.0, 0.1)
+    words = ["--checkpoint", str(home / "run"), "--compressor", str(tmp_path / "vrc"), "--data", str(tmp_path)]
+    assert main([*words, "--tasks", "OCRBench", "--output", str(tmp_path / "out")]) == 0
+    figures = json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert figures["full_score"]["mean"] > 0.9
+    tenth, whole = figures["compressors"]
+    assert whole["dense"]["change"]["mean"] == 0
+    lost = [warning for warning in figures["warnings"] if "over-compression" in warning]
+    (warning,) = lost
+    assert f"compressor tenth changes the score on the {tenth['dense']['items']} images with the most edges" in warning
+    assert f"{100 * tenth['dense']['change']['mean']:.1f} [".replace("-", "−") in warning
 
 
 def test_what_cannot_be_compared_is_explained(home: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
