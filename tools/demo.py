@@ -84,7 +84,7 @@ def steps(workdir: pathlib.Path) -> list[Step]:
     at = lambda *parts: str(workdir.joinpath(*parts))
     data, model, compressor = at("data"), at("stage3"), at("compressor")
     checkpoints = at("stage3", "checkpoints")
-    compression = ("hypervl_jax/training/compress*.py", "hypervl_jax/models/compressor*.py")
+    compression = ("hypervl_jax/training/compress*.py", "hypervl_jax/models/compressor*.py", "hypervl_jax/mobilenet.py")
     return [
         Step(
             "data",

@@ -37,7 +37,12 @@ FLOOR = "1.0"
 """Nats below which L(1) is no scale to compare with. A tiny model is certain of what it reads, and at the default floor ε = 0.05 would
 ask that 5 thousandths of a nat are not lost, less than L(α) changes by where the grid of patches falls. With 1, Δ is the loss increase itself."""
 
-_COMPRESSION = ("hypervl_jax/training/compress*.py", "hypervl_jax/models/compressor*.py", "hypervl_jax/vision/*.py")
+_COMPRESSION = (
+    "hypervl_jax/training/compress*.py",
+    "hypervl_jax/models/compressor*.py",
+    "hypervl_jax/mobilenet.py",
+    "hypervl_jax/vision/*.py",
+)
 _EVALUATION = ("hypervl_jax/evaluation/metrics.py", "hypervl_jax/evaluation/benchmarks.py", "tools/evaluate.py")
 
 _DESCRIPTION = """\
