@@ -32,7 +32,7 @@ _HEAD = """\
 # The paper's two ideas at a size that anyone can rerun
 
 Output of `{command}`, written by `tools/study_page.py`; nothing in it was edited by hand. Made {date} at commit `{commit}` on
-{machine}, in {time}.
+{machine}, in {time} (the sum of its steps).{note}
 
 The model is `tiny` (two towers, decoder of 0.5M parameters) on the embedded data with pictures at 1, 2 and 3 pixels a unit (size `study`):
 what it shows is whether the mechanisms work, not how large their gains are at 2B parameters. Pictures, questions and native sizes of
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--workdir", required=True, metavar="DIR", help="of `python -m tools.study`")
     add("--command", default="make study", help="that made it, for the page (default: %(default)s)")
+    add("--note", default="", metavar="TEXT", help="a sentence on the circumstances of the run, for the page's head")
     add("--output", metavar="FILE", help="(default: study.md in the workdir)")
     add("--json", action="store_true", help="print the claims as one JSON object on the last line")
     return made
@@ -72,7 +73,7 @@ def real_compressor_share() -> float:
     return forward_flops(config.compressor) / config.vision_base.forward_flops()
 
 
-def head(workdir: pathlib.Path, command: str) -> str:
+def head(workdir: pathlib.Path, command: str, note: str = "") -> str:
     """What, when, where, with what."""
     seconds = sum(step.seconds for step in read_record(workdir).values())
     sources = (read_json(workdir / DATA) or {}).get("sources", [])
@@ -87,6 +88,7 @@ def head(workdir: pathlib.Path, command: str) -> str:
         commit=git_revision(),
         machine=machine(),
         time=f"{format_seconds(seconds)} minutes",
+        note=f" {note}" if note else "",
         heldout=", ".join(f"{name} {count}" for name, count in counts.items()),
     )
 
@@ -149,8 +151,8 @@ def time_section(workdir: pathlib.Path) -> str:
     return "## Commands and minutes\n\n" + study_text.table(("step", "minutes", "command"), rows)
 
 
-def build(workdir: pathlib.Path, command: str) -> tuple[str, list[claims.Claim]]:
-    """The page and its claims. Raises `ConfigError` where a study is not complete."""
+def build(workdir: pathlib.Path, command: str, note: str = "") -> tuple[str, list[claims.Claim]]:
+    """The page and its claims; `note` is said in its head. Raises `ConfigError` where a study is not complete."""
     vrc = read_json(workdir / VRC / ablate_compressor.SUMMARY)
     arms = read_json(workdir / ARMS / compare_arms.SUMMARY)
     require(
@@ -160,7 +162,7 @@ def build(workdir: pathlib.Path, command: str) -> tuple[str, list[claims.Claim]]
     tested = found_claims(vrc, arms, blind_accuracy(workdir))
     table = study_text.table(("claim", "paper", "here", "mark"), claims.claims_rows(tested))
     sections = (vrc_section(vrc), dcl_section(arms, settings), signs_section(vrc, arms), time_section(workdir))
-    return "\n".join((head(workdir, command), f"## Claims\n\n{table}", *sections)), tested
+    return "\n".join((head(workdir, command, note), f"## Claims\n\n{table}", *sections)), tested
 
 
 def write(text: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = pathlib.Path(options.output or workdir / "study.md")
     try:
         with storage.explained():
-            text, tested = build(workdir, options.command)
+            text, tested = build(workdir, options.command, options.note)
             write(text, workdir, output)
     except (ConfigError, DemoError, storage.StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
