@@ -92,7 +92,7 @@ def arms(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             _interval(axes, place + offset, found, _BRANCHES[branch])
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="score, mean over tasks, % (blue: base, orange: large; bars: 95 % over items and seeds)")
+    axes.set(xlabel="score, mean over tasks, %\n(blue: base, orange: large; bars: 95 % over items and seeds)")
     axes.grid(alpha=0.2, axis="x")
     _save(figure, path)
 
